@@ -229,9 +229,8 @@ class Module:
                  if k in state_dict and state_dict[k].shape != t.shape]
         if wrong or strict and (missing or unexpected):
             raise RuntimeError(f'{type(self).__name__}.load_state_dict: missing {missing}, unexpected {unexpected}, wrong shape {wrong}')
-        with torch.no_grad():
-            for k, t in own.items():
-                if k in state_dict: t.copy_(state_dict[k])
+        for k, t in own.items():
+            if k in state_dict: t.copy_(state_dict[k].detach())
         return _Keys(missing, unexpected)
 
     def train(self, mode:bool=True):
