@@ -20,7 +20,7 @@ setup(
                  'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     # the package lies beside setup.py; said in so many words, an editable install adds this one folder to sys.path and no import hook
     packages=find_packages(include=['miniai', 'miniai.*']), package_dir={'': '.'},
-    include_package_data=True, package_data={'miniai': ['_sample/*']},
+    include_package_data=False, package_data={'miniai': ['_sample/*']},
     python_requires=f'>={cfg["min_python"]}', install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
     entry_points={
