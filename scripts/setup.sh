@@ -31,9 +31,9 @@ esac
 # ---- a Python that is new enough
 least=$(sed -n 's/^min_python *= *//p' settings.ini)
 newest=3.14   # the newest Python that the pins have wheels for
-between() { "$1" -c 'import sys, venv
+between() { [ "$("$1" -c 'import sys, venv
 low, high = (tuple(map(int, v.split("."))) for v in sys.argv[1:])
-sys.exit(not low <= sys.version_info[:2] <= high)' "$least" "$2" >/dev/null 2>&1; }
+print(low <= sys.version_info[:2] <= high)' "$least" "$2" 2>/dev/null)" = True ]; }
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
         between "$PYTHON" 9.9 || die "PYTHON=$PYTHON is not a Python of version $least or newer"
