@@ -126,7 +126,7 @@ else
     case $what in *.whl) ;; *) say "installing miniai ($what) and what it needs into $VENV: a download of 0.3 GB to 4 GB, mostly torch, some minutes" ;; esac
     rm -f "$note"
     cp "$temp/constraints.txt" "$pins"
-    [ -t 1 ] && quiet= || quiet=-q
+    [ -t 1 ] && quiet= || quiet=-qq   # -qq: errors only
     pip() { PIP_DISABLE_PIP_VERSION_CHECK=1 "$VENV/bin/python" -m pip install $quiet --no-input -c "$pins" "$@"; }
     if [ -n "${TORCH_INDEX_URL:-}" ]; then
         say "taking torch from $TORCH_INDEX_URL"
