@@ -56,12 +56,13 @@ def main():
     ax.set(xlabel='batch of 64', ylabel='training loss, mean of 50 batches', title=f'one seed: {gap:.0e} apart in the first 100 batches')
     ax.legend(frameon=False)
     ax.spines[['top', 'right']].set_visible(False)
-    rows = torch.cat([torch.arange(18), (said != y).nonzero()[:6, 0]])
+    wrong = (said != y).nonzero()[:, 0]
+    rows = torch.cat([torch.arange(18), wrong[wrong >= 18][:6]])
     for a, i in zip(other.subplots(4, 6).flat, rows.tolist()):
         a.imshow(x[i].reshape(28, 28), cmap='gray_r')
         a.set_title(f'{said[i]}' if said[i] == y[i] else f'{said[i]}, is {y[i]}', fontsize=9, pad=2, color='black' if said[i] == y[i] else '#d55e00')
         a.axis('off')
-    other.suptitle(f'test digits: {right:.1%} right; last row: six that are wrong', fontsize=12)
+    other.suptitle(f'test digits: {right:.1%} right; the last row: six of the others', fontsize=12)
     target.parent.mkdir(exist_ok=True)
     fig.savefig(target, metadata={'Software': None})
     print(f'{target.name}: {target.stat().st_size / 1024:.0f} KB, test accuracy {right:.4f}, largest gap in the first 100 batches {gap:.1e}')
