@@ -43,7 +43,7 @@ def alone(nb, made_by, folder):
     env = {**os.environ, 'MINIAI_SAMPLE': '1', 'PYTHONDONTWRITEBYTECODE': '1'}
     for args in ([sys.executable, '-c', probe, str(copy), *withheld],
                  [sys.executable, str(copy / 'scripts' / 'run_tests.py'), '--chapters', '--only', nb.name]):
-        run = subprocess.run(args, env=env, cwd=copy, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        run = subprocess.run(args, env=env, cwd=copy, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if run.returncode: break
     return nb, lower, run.returncode, run.stdout
 
@@ -57,7 +57,8 @@ def main():
         for nb, lower, code, text in pool.map(lambda nb: alone(nb, made_by, folder), chosen):
             passed, failed = passed + (code == 0), failed + (code != 0)
             seconds = re.search(r'([\d.]+ s) ', text)
-            print(f'{"failed" if code else "passed"}  {nb.name}  with {", ".join(lower) or "no module"}  {seconds[1] if seconds else ""}', flush=True)
+            state, time = 'failed' if code else 'passed', seconds[1] if seconds else ''
+            print(f'{state}  {nb.name}  with {", ".join(lower) or "no module"}  {time}', flush=True)
             if code: print('\n'.join('    ' + line for line in text.strip().splitlines()))
     print(f'sample: {passed} passed, {failed} failed')
     return 0 if passed and not failed else 1

@@ -15,7 +15,8 @@ print(seconds, *[m for m in ('matplotlib', 'nbdev', 'fastcore', 'IPython') if m 
 
 
 def cost(module):
-    seconds, *heavy = subprocess.run([sys.executable, '-c', code.format(module)], check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    run = subprocess.run([sys.executable, '-c', code.format(module)], check=True, stdout=subprocess.PIPE, text=True)
+    seconds, *heavy = run.stdout.split()
     return float(seconds), heavy
 
 

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torch import nn
-
 from miniai.data import mnist
 from miniai.losses import CrossEntropyLoss
 from miniai.module import Linear, ReLU, Sequential
 from miniai.training import SGD, Dataset, get_dls
+from torch import nn
 
 target = Path(__file__).resolve().parents[1] / 'nbs' / 'images' / 'overview.png'
 
@@ -60,12 +59,14 @@ def main():
     rows = torch.cat([torch.arange(18), wrong[wrong >= 18][:6]])
     for a, i in zip(other.subplots(4, 6).flat, rows.tolist()):
         a.imshow(x[i].reshape(28, 28), cmap='gray_r')
-        a.set_title(f'{said[i]}' if said[i] == y[i] else f'{said[i]}, is {y[i]}', fontsize=9, pad=2, color='black' if said[i] == y[i] else '#d55e00')
+        title, color = (f'{said[i]}', 'black') if said[i] == y[i] else (f'{said[i]}, is {y[i]}', '#d55e00')
+        a.set_title(title, color=color, fontsize=9, pad=2)
         a.axis('off')
     other.suptitle(f'test digits: {right:.1%} right; the last row: six of the others', fontsize=12)
     target.parent.mkdir(exist_ok=True)
     fig.savefig(target, metadata={'Software': None})
-    print(f'{target.name}: {target.stat().st_size / 1024:.0f} KB, test accuracy {right:.4f}, largest gap in the first 100 batches {gap:.1e}')
+    size = target.stat().st_size / 1024
+    print(f'{target.name}: {size:.0f} KB, test accuracy {right:.4f}, largest gap in the first 100 batches {gap:.1e}')
 
 
 if __name__ == '__main__': main()

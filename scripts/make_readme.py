@@ -57,7 +57,8 @@ def main():
     parser.add_argument('--check', action='store_true')
     args = parser.parse_args()
     if args.check:
-        if not target.exists() or target.read_text(encoding='utf-8') != readme(): sys.exit('make_readme: README.md and nbs/index.ipynb disagree: run `python scripts/make_readme.py`')
+        if not target.exists() or target.read_text(encoding='utf-8') != readme():
+            sys.exit('make_readme: README.md and nbs/index.ipynb disagree: run `python scripts/make_readme.py`')
         print('README.md agrees with nbs/index.ipynb')
     else: target.write_text(readme(), encoding='utf-8')
 

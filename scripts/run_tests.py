@@ -88,7 +88,7 @@ class Child:
 def choose_data(env):
     "`whole` or `sample`, said in a line; `env['MINIAI_SAMPLE']` is set so that every process agrees"
     asked = env.get('MINIAI_SAMPLE', '')
-    if asked not in ('', '0', '1'): sys.exit(f'run_tests: MINIAI_SAMPLE={asked!r}: allowed are 1 (the sample), 0 (the whole) and unset')
+    if asked not in ('', '0', '1'): sys.exit(usage(f'MINIAI_SAMPLE={asked!r}: allowed are 1 (the sample), 0 (the whole) and unset'))
     if asked == '1':
         print('data: sample (MINIAI_SAMPLE=1)', flush=True)
         return 'sample'
@@ -175,17 +175,18 @@ def run_pytest(env, timeout, results):
         xml = Path(tmp) / 'tests.xml'
         child = Child([sys.executable, '-m', 'pytest', tests, '-q', '-p', 'no:cacheprovider', '--junitxml', xml], env, timeout, show=True)
         child.wait()
-        failed = len(results['failed'])
+        counted = sum(map(len, results.values()))
+        bad = len(results['failed'])
         if xml.exists():
             for case in ET.parse(xml).iter('testcase'):
                 name = f'{case.get("classname")}.{case.get("name")}'
                 kinds = {e.tag for e in case}
                 state = 'failed' if kinds & {'failure', 'error'} else 'skipped' if 'skipped' in kinds else 'passed'
                 results[state].append(name)
-        why = f'pytest timed out after {timeout} s' if child.timed_out else f'pytest ended with exit status {child.code}'
-        if child.code and len(results['failed']) == failed:
-            print(why)
-            results['failed'].append(why)
+        if (child.code and len(results['failed']) == bad) or sum(map(len, results.values())) == counted:
+            how = f'timed out after {timeout} s' if child.timed_out else f'ended with exit status {child.code}'
+            results['failed'].append(f'pytest {how} and reported {"no failure" if xml.exists() else "nothing"}')
+            print(results['failed'][-1])
     print(f'tests: {child.seconds:.1f} s, {child.mb:.0f} MB', flush=True)
 
 
