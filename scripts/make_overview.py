@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from torch import nn
+
 from miniai.data import mnist
 from miniai.losses import CrossEntropyLoss
 from miniai.module import Linear, ReLU, Sequential
 from miniai.training import SGD, Dataset, get_dls
-from torch import nn
 
 target = Path(__file__).resolve().parents[1] / 'nbs' / 'images' / 'overview.png'
 
