@@ -20,8 +20,7 @@ def cost(module):
     return float(seconds), heavy
 
 
-cost('miniai.training')   # the first import reads the disk
-runs = [(cost('torch')[0], *cost('miniai.training')) for _ in range(5)]
+runs = [(cost('torch')[0], *cost('miniai.training')) for _ in range(3)]
 torch, ours = median(r[0] for r in runs), median(r[1] for r in runs)
-print(f'import torch {torch:.2f} s; import miniai.training {ours:.2f} s, {ours - torch:+.2f} s (medians of 5)')
+print(f'import torch {torch:.2f} s; import miniai.training {ours:.2f} s, {ours - torch:+.2f} s (medians of 3)')
 if runs[0][2]: sys.exit(f'import miniai.training pulls in {", ".join(runs[0][2])}')

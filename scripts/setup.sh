@@ -123,7 +123,7 @@ installed() {
 if installed "$what" || { [ "$what" = run ] && installed dev; }; then
     say "$VENV has everything already"
 else
-    case $what in *.whl) ;; *) say "installing miniai ($what) and what it needs into $VENV: a download of 0.3 GB to 4 GB, mostly torch, some minutes" ;; esac
+    say "installing miniai ($what) and what it needs into $VENV: a download of 0.3 GB to 4 GB, mostly torch, some minutes"
     rm -f "$note"
     cp "$temp/constraints.txt" "$pins"
     [ -t 1 ] && quiet= || quiet=-qq   # -qq: errors only
