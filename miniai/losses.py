@@ -95,5 +95,6 @@ class CrossEntropyLoss(Module):
 
     def bwd(self, grad, out, input, target):
         probs, out.probs = out.probs, None
-        probs.scatter_add_(1, target.long()[:, None], probs.new_full((1, 1), -1).expand(len(input), 1))
+        column = target.long()[:, None]
+        probs.scatter_add_(1, column, probs.new_full(column.shape, -1))
         return probs.mul_(grad/len(input) if self.reduction == 'mean' else grad), None
