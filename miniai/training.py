@@ -108,8 +108,8 @@ def _check_group(g:dict):
 class Dataset:
     "Inputs `x` and targets `y`, row by row: `ds[i]` is `(x[i], y[i])`, always a copy"
     def __init__(self,
-        x:Tensor, # `(n,…)`
-        y:Tensor, # `(n,…)`, as many rows as `x`
+        x:Tensor, # `(n,…)`, on any device
+        y:Tensor, # `(n,…)`, as many rows as `x`, on the same device
     ):
         if len(x) != len(y): raise ValueError(f'Dataset: x has {len(x)} rows and y has {len(y)}, needs as many')
         self.x, self.y = x, y
@@ -127,6 +127,7 @@ class Dataset:
             return x[0], y[0]
         if i.ndim != 1 or i.dtype not in (torch.int64, torch.int32):
             raise TypeError(f'Dataset: index {tuple(i.shape)} of {i.dtype}, needs integers (k,); for a mask use mask.nonzero()[:, 0]')
+        i = i.to(self.x.device)
         try: return self.x.index_select(0, i), self.y.index_select(0, i)
         except IndexError:
             low, high = i.min().item(), i.max().item()
