@@ -597,7 +597,6 @@ def arguments(argv):
     parser.add_argument('--report', type=Path, metavar='FILE', help='write the table to FILE.md or FILE.json')
     parser.add_argument('--survivors', type=Path, metavar='FILE', help='reasons for survivors (scripts/break_lines_survivors.txt)')
     parser.add_argument('--root', type=Path, default=Path(__file__).resolve().parents[1], help='another checkout than this one')
-    parser.add_argument('--run-cells', nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.per_chapter < 0: parser.error(f'--per-chapter {args.per_chapter}: must be 0 (all) or more')
     if args.jobs < 1: parser.error(f'--jobs {args.jobs}: must be 1 or more')
@@ -653,7 +652,6 @@ def give_to_tests(args, tmp, env, outcomes, places):
 
 def main(argv=None):
     args, parser = arguments(argv)
-    if args.run_cells: return run_cells(*args.run_cells)
     ini = settings(args.root)
     nbs, lib = args.root/ini.get('nbs_path', 'nbs'), ini.get('lib_path', 'miniai')
     paths = sorted(nbs.glob('[0-9]*.ipynb'))
@@ -725,7 +723,7 @@ def stop(*_): sys.exit(143)
 
 if __name__ == '__main__':
     signal.signal(signal.SIGTERM, stop)
-    try: code = main()
+    try: code = run_cells(*sys.argv[2:]) if sys.argv[1:2] == ['--run-cells'] else main()
     except KeyboardInterrupt:
         print('interrupted', flush=True)
         code = 130
