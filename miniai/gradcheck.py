@@ -30,15 +30,16 @@ def numeric_grad(
 )->tuple:             # one entry per argument, in order: a gradient of the argument's shape, or `None` if it is no floating tensor
     "Gradients of `func(*args)` by central differences, two calls an entry; `TypeError` unless float64; `args` are not modified"
     def value(i, j, new): # of func, with entry j of argument i set to new, in copies
-        copies = [a.detach().clone(memory_format=torch.contiguous_format) if isinstance(a, Tensor) else a for a in args]
-        copies[i].view(-1)[j] = new
-        with torch.no_grad(): return _number(func(*copies))
+        with torch.no_grad():
+            copies = [a.clone(memory_format=torch.contiguous_format) if isinstance(a, Tensor) else a for a in args]
+            copies[i].view(-1)[j] = new
+            return _number(func(*copies))
     grads = []
     for i,a in enumerate(args):
         if not _is_float(a): grads.append(None); continue
         if a.dtype != torch.float64: raise TypeError(f'argument {i} is {a.dtype}; central differences need torch.float64: use .double()')
         slopes = []
-        for j,x in enumerate(a.detach().reshape(-1).tolist()):
+        for j,x in enumerate(a.reshape(-1).tolist()):
             h = eps*max(1, abs(x))
             slopes.append((value(i, j, x + h) - value(i, j, x - h))/((x + h) - (x - h)))
         grads.append(torch.tensor(slopes, dtype=a.dtype).view(a.shape))
@@ -54,9 +55,8 @@ def _alike(what, got, want, source='theirs'):
 def _same(what, got, want, rtol, atol, source='theirs'):
     "`AssertionError` that names the worst entry, unless `got` is like `want` in shape, dtype and every entry; NaN never passes"
     _alike(what, got, want, source)
-    got, want = got.detach(), want.detach()
-    excess = (got.double() - want.double()).abs() - (atol + rtol*want.double().abs())
-    excess = excess.nan_to_num(nan=torch.inf).masked_fill(got == want, -1.)
+    g, e = got.detach().double(), want.detach().double()
+    excess = ((g - e).abs() - (atol + rtol*e.abs())).nan_to_num(nan=torch.inf).masked_fill(g == e, -1)
     if not (excess > 0).any(): return
     at = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
     raise AssertionError(f'{what}: worst at index {at}: got {got[at].item()}, expected {want[at].item()} ({source})')
@@ -106,7 +106,7 @@ def _accepts(m, state):
 
 def _check_state(ours, theirs):
     "Same names, shapes, dtypes; state carried both ways, copied and not shared; leaves both with the values `theirs` came with"
-    a, b = ({k: v.detach().clone() for k,v in m.state_dict().items()} for m in (ours, theirs))
+    a, b = ({k: v.clone() for k,v in m.state_dict().items()} for m in (ours, theirs))
     if a.keys() != b.keys():
         raise AssertionError(f'state_dict: only ours has {sorted(a.keys() - b.keys())}, only theirs {sorted(b.keys() - a.keys())}')
     for k in b: _alike(f'state_dict[{k!r}]', a[k], b[k])
@@ -118,10 +118,10 @@ def _check_state(ours, theirs):
     bad = {"'no_such_key'": {**b, 'no_such_key': torch.zeros(1)}}
     for k,v in b.items():
         bad[f'{k!r} missing'] = {j: u for j,u in b.items() if j != k}
-        if v.numel() > 1: bad[f'{k!r} of one number'] = {**b, k: v.reshape(-1)[:1]}
+        bad[f'{k!r} of one number'] = {**b, k: v.reshape(-1)[:1]}
     for what,state in bad.items():
         if not _accepts(theirs, state) and _accepts(ours, state): raise AssertionError(f'ours.load_state_dict accepted a state with {what}')
-    moved = {k: v.logical_not() if v.dtype == torch.bool else v + 1 for k,v in b.items()}
+    moved = {k: v.logical_not() if v.dtype == torch.bool else v + 2 for k,v in b.items()}
     for src,dst,state in ((theirs, ours, moved), (theirs, ours, b), (ours, theirs, moved), (theirs, ours, b)):
         kept = {k: v.clone() for k,v in dst.state_dict().items()}
         src.load_state_dict(state)
@@ -145,7 +145,7 @@ def check_twin(
 ):
     "`AssertionError` naming what differs unless state, output and gradients agree; leaves both with `theirs`' state and no gradients"
     _check_state(ours, theirs)
-    start = {k: v.detach().clone() for k,v in theirs.state_dict().items()}
+    start = {k: v.clone() for k,v in theirs.state_dict().items()}
     if wrt is None: wrt = [i for i,x in enumerate(inputs) if _is_float(x)]
     xs, ys = ([x.detach().clone() if isinstance(x, Tensor) else x for x in inputs] for _ in range(2))
     for i in wrt: xs[i].requires_grad_(); ys[i].requires_grad_()
