@@ -108,15 +108,20 @@ def _arrived(t):
 class _AutogradNode(torch.autograd.Function):
     "A layer of ours behind a torch operation: autograd keeps the graph there, and calls the layer's `bwd`"
     @staticmethod
-    def forward(ctx, layer, *inputs):
+    def forward(ctx, layer, inputs, params, *tensors): # `tensors` are inputs and parameters once more: autograd looks at them
         out = layer.forward(*inputs)
-        ctx.made = _Made(layer, inputs, out, layer._asking())
+        ctx.made = _Made(layer, inputs, out, params)
         return out.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return None, *(g for _, g in ctx.made.bwd(grad))
+        params = ctx.made.params
+        kept = [p.grad for p in params]
+        for p in params: p.grad = None # what `bwd` adds goes to autograd, which alone knows whether .grad is to be filled
+        try: return None, None, None, *(g for _, g in ctx.made.bwd(grad)), *(p.grad for p in params)
+        finally:
+            for p, g in zip(params, kept): p.grad = g
 
 # %% ../nbs/02_module.ipynb #a9cf99fa
 def _members(value, name):
@@ -147,9 +152,10 @@ class Module:
 
     def _record(self, inputs):
         "`forward` without autograd, and an output that remembers how it was made if anything behind it asks for a gradient"
-        if any([isinstance(t, Tensor) and t.grad_fn is not None for t in inputs]): return _AutogradNode.apply(self, *inputs)
-        with torch.no_grad(): out = self.forward(*inputs)
         params = self._asking()
+        if any([isinstance(t, Tensor) and t.grad_fn is not None for t in inputs]):
+            return _AutogradNode.apply(self, inputs, params, *inputs, *params)
+        with torch.no_grad(): out = self.forward(*inputs)
         asked = params or any([isinstance(t, Tensor) and t.requires_grad for t in inputs])
         if not asked and not any(p.requires_grad for p in self.parameters()): return out
         made = _Made(self, inputs, out, params)
@@ -223,9 +229,8 @@ class Module:
                  if k in state_dict and state_dict[k].shape != t.shape]
         if wrong or strict and (missing or unexpected):
             raise RuntimeError(f'{type(self).__name__}.load_state_dict: missing {missing}, unexpected {unexpected}, wrong shape {wrong}')
-        with torch.no_grad():
-            for k, t in own.items():
-                if k in state_dict: t.copy_(state_dict[k])
+        for k, t in own.items():
+            if k in state_dict: t.copy_(state_dict[k].detach())
         return _Keys(missing, unexpected)
 
     def train(self, mode:bool=True):
