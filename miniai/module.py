@@ -231,7 +231,7 @@ class Module:
         if wrong or strict and (missing or unexpected):
             raise RuntimeError(f'{type(self).__name__}.load_state_dict: missing {missing}, unexpected {unexpected}, wrong shape {wrong}')
         for k, t in own.items():
-            if k in state_dict: t.copy_(state_dict[k].detach())
+            if k in state_dict: t.copy_(state_dict[k])
         return _Keys(missing, unexpected)
 
     def train(self, mode:bool=True):
