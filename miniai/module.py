@@ -144,8 +144,9 @@ class Module:
     training, bwd, _forward_hooks = True, None, None
 
     def __call__(self, *inputs):
-        record = self.bwd is not None and torch.is_grad_enabled()
-        out = self._record(inputs) if record else self.forward(*inputs)
+        if self.bwd is None: out = self.forward(*inputs)
+        elif torch.is_grad_enabled(): out = self._record(inputs)
+        else: out = self.forward(*inputs).detach() # without what `forward` may have hung on it for `bwd`
         if self._forward_hooks:
             for hook in tuple(self._forward_hooks.values()):
                 if (changed := hook(self, inputs, out)) is not None: out = changed
