@@ -282,12 +282,12 @@ def _collect(
 
 # %% ../nbs/00_data.ipynb #0ec4fd36
 def _whole(
-    s:_Set,           # which set
-    folder:Path,      # see `_collect`
-    mirrors:tuple=(), # see `_collect`
-    timeout:float=5., # see `_fetch`
-    deadline:float=120., # seconds for all downloads together
-)->Splits:            # the whole set
+    s:_Set,         # which set
+    folder:Path,    # see `_collect`
+    mirrors:tuple,  # see `_collect`
+    timeout:float,  # see `_fetch`
+    deadline:float, # seconds for all downloads together
+)->Splits:          # the whole set
     "The three parts of a set; `DataUnavailable` if a file is missing and cannot be downloaded"
     got = _collect(s, folder, mirrors, timeout, deadline)
     x, y, x_test, y_test = (_parse_idx(got.pop(name)) for name in s.sha)
@@ -322,7 +322,7 @@ def _load(s:_Set, sample, mirrors, folder, timeout, deadline)->Splits:
                               'unset MINIAI_SAMPLE or pass sample=False')
     env = os.environ.get('MINIAI_DATA')
     if env and folder is None:
-        try: return _whole(s, Path(env).expanduser().absolute()/s.folder)
+        try: return _whole(s, Path(env).expanduser().absolute()/s.folder, (), timeout, deadline)
         except DataUnavailable as e:
             raise DataUnavailable(f'{e}\nMINIAI_DATA is {env!r}, so nothing else was tried. '
                                   'Put the files there (.gz or unpacked), or unset it.') from None
@@ -397,7 +397,7 @@ class _Dtype:
             raise _Refused(f'refused an array of dtype {spec!r}: only numbers are read')
         self.dtype = np.dtype(spec)
     def __setstate__(self, state):
-        if len(state) < 5 or any(state[2:5]): raise _Refused('refused a dtype with fields')
+        if any(state[2:5]): raise _Refused('refused a dtype with fields')
         self.dtype = self.dtype.newbyteorder(state[1])
 
 class _Array:

@@ -193,7 +193,7 @@ def test_mirror_down(serve, tmp_path):
     t = time.monotonic()
     with pytest.raises(DataUnavailable, match='ConnectionError'): load([down], tmp_path)
     check(load([down, ok.url], tmp_path))
-    assert time.monotonic() - t < 5 and down in D._dead and ok.url not in D._dead
+    assert time.monotonic() - t < 10 and down in D._dead and ok.url not in D._dead
 
 def test_mirror_that_fails_half_way_through_the_set(serve, tmp_path):
     first = serve(bodies={k: v for k, v in BODIES.items() if k.startswith('train-images')})
@@ -206,7 +206,7 @@ def test_stalled_server(serve, tmp_path, answer):
     bad = serve(answer)
     t = time.monotonic()
     with pytest.raises(DataUnavailable, match='nothing came for 0.5 s|ReadTimeout|ConnectionError'): load([bad.url], tmp_path, timeout=.5)
-    assert time.monotonic() - t < 3
+    assert time.monotonic() - t < 10
     check(load([bad.url, serve().url], tmp_path, timeout=5.))
 
 @linux
@@ -222,7 +222,7 @@ def test_address_that_swallows_connections(tmp_path):
         t = time.monotonic()
         url = f'http://127.0.0.1:{s.getsockname()[1]}'
         with pytest.raises(DataUnavailable, match='nothing came|Timeout'): load([url], tmp_path, timeout=.5)
-        assert time.monotonic() - t < 3
+        assert time.monotonic() - t < 10
         for c in fill: c.close()
 
 def test_deadline_for_the_whole(serve, tmp_path):
@@ -230,7 +230,7 @@ def test_deadline_for_the_whole(serve, tmp_path):
     s = serve(slow)
     t = time.monotonic()
     with pytest.raises(DataUnavailable, match='deadline=1 s') as e: load([s.url], tmp_path, deadline=1.)
-    assert time.monotonic() - t < 3 and s.url not in D._dead and f'{s.url}: no file finished in time' in str(e.value)
+    assert time.monotonic() - t < 10 and s.url not in D._dead and f'{s.url}: no file finished in time' in str(e.value)
     s.answer = good
     check(load([s.url], tmp_path))
 
@@ -376,7 +376,7 @@ def test_sample_variable(monkeypatch, tmp_path):
     assert len(mnist().train.x) == 4000
     t = time.monotonic()
     with pytest.raises(DataUnavailable, match='Fashion-MNIST has none'): fashion_mnist()
-    assert time.monotonic() - t < .1
+    assert time.monotonic() - t < 1
     with pytest.raises(DataUnavailable, match='missing'): mnist(sample=False, folder=tmp_path, **bad)  # the argument wins
     monkeypatch.setenv('MINIAI_SAMPLE', '0')
     with pytest.raises(DataUnavailable, match='missing'): mnist(folder=tmp_path, **bad)
