@@ -55,8 +55,9 @@ class _Made:
             if p.grad is None: raise RuntimeError(f'{layer}: bwd added nothing to .grad of its parameter of shape {tuple(p.shape)}')
         wanted = []
         for i, t in enumerate(inputs):
-            g = grads[i] if i < len(grads) and isinstance(t, Tensor) and t.requires_grad else None
-            if isinstance(t, Tensor) and t.requires_grad and (g is None or g.shape != t.shape):
+            asks = isinstance(t, Tensor) and t.requires_grad
+            g = grads[i] if asks and i < len(grads) else None
+            if asks and (g is None or g.shape != t.shape):
                 raise RuntimeError(f'{layer}: bwd must return a gradient of shape {tuple(t.shape)} for input {i}')
             wanted.append((t, g))
         return wanted

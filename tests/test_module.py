@@ -101,16 +101,6 @@ def test_a_layer_that_returns_its_input_or_a_view_of_it():
         assert not hasattr(x, '_made') and (x.grad is not None) == x.requires_grad
 
 
-def test_the_first_gradient_of_an_input_is_a_tensor_of_its_own():
-    a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
-    from miniai.module import Add
-    given = torch.ones(2)
-    Add()(a, b).backward(given)
-    a.grad.mul_(5)
-    assert_close(b.grad, torch.ones(2))
-    assert_close(given, torch.ones(2))
-
-
 def test_a_frozen_middle_still_passes_the_gradient_on():
     net = make()
     net[2].requires_grad_(False)
