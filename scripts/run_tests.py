@@ -215,6 +215,7 @@ def main():
 
 if __name__ == '__main__':
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # a job in the background ignores Ctrl-C, and its children would, too
     try: code = main()
     except KeyboardInterrupt:
         print('interrupted', flush=True)
