@@ -33,7 +33,8 @@ print('digit.png shows', int(y[0]))
 
 def run(*args, cwd=root, **env):
     print('$', *[str(a) if len(str(a)) < 100 else '…' for a in args], flush=True)
-    r = subprocess.run([str(a) for a in args], cwd=cwd, env={**os.environ, **env}, stdin=subprocess.DEVNULL)
+    env = {**os.environ, 'PYTHONDONTWRITEBYTECODE': '', **env}
+    r = subprocess.run([str(a) for a in args], cwd=cwd, env=env, stdin=subprocess.DEVNULL)
     if r.returncode: sys.exit(f'check_dist: {args[0]} ended with exit status {r.returncode}')
 
 
@@ -60,7 +61,8 @@ def main():
         print(f'{sdist.name} {sdist.stat().st_size / 2**20:.1f} MB, {wheel.name} {wheel.stat().st_size / 2**20:.1f} MB')
         clean, work = tmp / 'venv', tmp / 'work'
         work.mkdir()
-        run('sh', 'scripts/setup.sh', wheel, VENV=str(clean), PYTHON=sys.executable)
+        # pip reads PIP_NO_COMPILE=0 as --no-compile: what is imported is compiled then, not the whole of torch
+        run('sh', 'scripts/setup.sh', wheel, VENV=str(clean), PYTHON=sys.executable, PIP_NO_COMPILE='0')
         run(clean / 'bin' / 'python', '-c', use, cwd=work)
         run(clean / 'bin' / 'miniai_train', '--sample', '--epochs', '1', '--out', 'out', cwd=work)
         weights = next((work / 'out').rglob('*.safetensors'), None)
