@@ -108,7 +108,7 @@ def save_run(
     from safetensors.torch import save
     about = {k: info[k] for k in ('data', 'used', 'arguments', 'version') if k in info} | {'epoch': len(info.get('epochs', ()))}
     # one entry only: the format does not keep several in a fixed order
-    weights = save({k: t.contiguous() for k, t in net.state_dict().items()}, {'miniai': json.dumps(about, sort_keys=True)})
+    weights = save({k: t.contiguous() for k, t in net.state_dict().items()}, {'miniai': json.dumps(about)})
     files = {'weights.safetensors': weights, 'metrics.json': (json.dumps(info, indent=2) + '\n').encode()}
     if picture is None: (Path(folder)/'report.png').unlink(missing_ok=True)
     else: files['report.png'] = picture

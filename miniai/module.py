@@ -144,8 +144,9 @@ class Module:
     training, bwd, _forward_hooks = True, None, None
 
     def __call__(self, *inputs):
-        record = self.bwd is not None and torch.is_grad_enabled()
-        out = self._record(inputs) if record else self.forward(*inputs)
+        if self.bwd is None: out = self.forward(*inputs)
+        elif torch.is_grad_enabled(): out = self._record(inputs)
+        else: out = self.forward(*inputs).detach() # without what `forward` may have hung on it for `bwd`
         if self._forward_hooks:
             for hook in tuple(self._forward_hooks.values()):
                 if (changed := hook(self, inputs, out)) is not None: out = changed
@@ -231,7 +232,7 @@ class Module:
         if wrong or strict and (missing or unexpected):
             raise RuntimeError(f'{type(self).__name__}.load_state_dict: missing {missing}, unexpected {unexpected}, wrong shape {wrong}')
         for k, t in own.items():
-            if k in state_dict: t.copy_(state_dict[k].detach())
+            if k in state_dict: t.copy_(state_dict[k])
         return _Keys(missing, unexpected)
 
     def train(self, mode:bool=True):
