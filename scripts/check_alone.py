@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Every chapter runs by itself: from a clean kernel, in a copy of the project that holds only the modules made by
+lower-numbered chapters, so neither its own module nor a later one can help it. It runs on the sample, to be quick.
+
+    python scripts/check_alone.py           every chapter
+    python scripts/check_alone.py 02 04     these"""
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+root = Path(__file__).resolve().parents[1]
+probe = """
+import sys
+from importlib.util import find_spec
+sys.path.insert(0, sys.argv[1])
+found = [m for m in sys.argv[2:] if find_spec('miniai.' + m)]
+if found: sys.exit(f'the modules {found} can be imported, though the copy does not hold them')
+"""
+
+
+def module_of(nb):
+    m = re.search(r'#\s*\|\s*default_exp\s+(\w+)', nb.read_text(encoding='utf-8'))
+    return m and m[1]
+
+
+def alone(nb, made_by, folder):
+    "Exit status and output of `nb` in a copy with lower-numbered modules only"
+    copy = Path(folder) / nb.stem
+    lower = sorted(m for m, number in made_by.items() if number < nb.name[:2])
+    withheld = sorted(set(made_by) - set(lower))
+    (copy / 'miniai').mkdir(parents=True)
+    for name in 'settings.ini', 'pyproject.toml', 'scripts', 'nbs':
+        src = root / name
+        shutil.copytree(src, copy / name, ignore=shutil.ignore_patterns('.*', '__pycache__')) if src.is_dir() else shutil.copy(src, copy)
+    for name in '__init__', *lower: shutil.copy(root / 'miniai' / f'{name}.py', copy / 'miniai')
+    for p in (root / 'miniai').iterdir():
+        if p.is_dir() and p.name != '__pycache__': shutil.copytree(p, copy / 'miniai' / p.name)
+    env = {**os.environ, 'MINIAI_SAMPLE': '1', 'PYTHONDONTWRITEBYTECODE': '1'}
+    for args in ([sys.executable, '-c', probe, str(copy), *withheld],
+                 [sys.executable, str(copy / 'scripts' / 'run_tests.py'), '--chapters', '--only', nb.name]):
+        run = subprocess.run(args, env=env, cwd=copy, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if run.returncode: break
+    return nb, lower, run.returncode, run.stdout
+
+
+def main():
+    nbs = sorted((root / 'nbs').glob('[0-9][0-9]_*.ipynb'))
+    made_by = {module_of(nb): nb.name[:2] for nb in nbs if module_of(nb)}
+    chosen = [nb for nb in nbs if not sys.argv[1:] or nb.name.startswith(tuple(sys.argv[1:]))]
+    passed = failed = 0
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        for nb, lower, code, text in pool.map(lambda nb: alone(nb, made_by, folder), chosen):
+            passed, failed = passed + (code == 0), failed + (code != 0)
+            seconds = re.search(r'([\d.]+ s) ', text)
+            print(f'{"failed" if code else "passed"}  {nb.name}  with {", ".join(lower) or "no module"}  {seconds[1] if seconds else ""}', flush=True)
+            if code: print('\n'.join('    ' + line for line in text.strip().splitlines()))
+    print(f'sample: {passed} passed, {failed} failed')
+    return 0 if passed and not failed else 1
+
+
+if __name__ == '__main__': sys.exit(main())

@@ -1,0 +1,26 @@
+#!/usr/bin/env python3
+"""What `import miniai.training` costs beyond `import torch`. The times are printed, not judged: they belong to the machine.
+What it may not pull in is judged, here and for every module in tests/test_house.py."""
+import subprocess
+import sys
+from statistics import median
+
+code = """
+import sys, time
+t = time.perf_counter()
+import {0}
+seconds = time.perf_counter() - t
+print(seconds, *[m for m in ('matplotlib', 'nbdev', 'fastcore', 'IPython') if m in sys.modules])
+"""
+
+
+def cost(module):
+    seconds, *heavy = subprocess.run([sys.executable, '-c', code.format(module)], check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    return float(seconds), heavy
+
+
+cost('miniai.training')   # the first import reads the disk
+runs = [(cost('torch')[0], *cost('miniai.training')) for _ in range(5)]
+torch, ours = median(r[0] for r in runs), median(r[1] for r in runs)
+print(f'import torch {torch:.2f} s; import miniai.training {ours:.2f} s, {ours - torch:+.2f} s (medians of 5)')
+if runs[0][2]: sys.exit(f'import miniai.training pulls in {", ".join(runs[0][2])}')
