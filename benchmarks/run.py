@@ -165,8 +165,9 @@ def summarise(rows, about):
         lines.append(line)
     ours = next((line for line in lines if line['name'] == OURS), None)
     for line in lines:
-        if ours and not abs(line['accuracy']['median'] - ours['accuracy']['median']) <= 0.01:
-            line['problems'].append(f'accuracy {line["accuracy"]["median"]:.4f}, ours {ours["accuracy"]["median"]:.4f}: not the same job')
+        enough = ours and min(line['accuracy']['count'], ours['accuracy']['count']) >= 6  # with fewer the noise of the last step decides
+        if enough and not abs(line['accuracy']['median'] - ours['accuracy']['median']) <= 0.01 or line['accuracy']['max'] < 0.5:
+            line['problems'].append(f'accuracy {line["accuracy"]["median"]:.4f}, more than a point from ours: not the same job')
     lines.sort(key=lambda line: line.get('later', line['first'])['median'])
     failed = {name: why for name, why in bad.items() if name not in good}
     return lines, failed
@@ -288,8 +289,7 @@ def main():
     lines, failed = write(rows, about, missing, info)
     print((RESULTS / 'table.md').read_text())
     print(f'written: {RESULTS}')
-    # a fast wrong run is a failure; one round of a short job is too noisy to tell
-    if not args.quick and any(line['problems'] for line in lines): raise SystemExit(1)
+    if any(line['problems'] for line in lines): raise SystemExit(1)  # a fast wrong run is a failure
 
 
 if __name__ == '__main__': main()

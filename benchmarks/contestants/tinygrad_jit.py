@@ -6,13 +6,18 @@ from job import Result, run
 
 
 def setup(job):
+    import os
+    import shutil
+
     import numpy as np
-    from tinygrad import Tensor, TinyJit, nn
+    if 'CC' not in os.environ and not shutil.which('clang'):  # it takes no other compiler, but the name may have a number
+        os.environ['CC'] = next((name for n in range(30, 13, -1) if shutil.which(name := f'clang-{n}')), 'clang')
+    from tinygrad import Context, Tensor, TinyJit, nn
     Tensor.manual_seed(job.seed)
     rng = np.random.default_rng(job.seed)
     x, y, vx, vy = (Tensor(a).realize() for a in (job.x, job.y.astype(np.int32), job.vx, job.vy.astype(np.int32)))
     n, bs = len(job.x), job.bs
-    params = [Tensor(w, requires_grad=True).realize() for w in job.weights]
+    params = [Tensor(w).realize() for w in job.weights]
     w1, b1, w2, b2 = params
     opt = nn.optim.SGD(params, lr=job.lr)
 
@@ -36,7 +41,7 @@ def setup(job):
         updates = 0
         for _ in range(job.epochs):
             order = rng.permutation(n).astype(np.int32)
-            with Tensor.train():
+            with Context(TRAINING=1):
                 for i in range(0, n, bs):
                     idx = Tensor(order[i:i + bs]).realize()
                     (step_whole if idx.shape[0] == bs else step_last)(idx)
