@@ -75,7 +75,9 @@ def plot(r, path):
     fig, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(10, 7.5), layout='constrained', dpi=100)
     rows, us = zip(*r['rows'])
     a.semilogx(rows, us, 'o-')
-    a.set(xlabel='training rows', ylabel='µs a row', ylim=(0, 1.3 * max(us)), title='Time a row: flat')
+    a.set_xticks(rows, [f'{n // 1000}k' for n in rows])
+    a.minorticks_off()
+    a.set(xlabel='training rows', ylabel='µs a row', ylim=(0, 1.3 * max(us)), title='Time a row, by rows')
     macs = [multiply_adds(h) for h, _, _ in r['arithmetic']]
     for bs, mark in zip(r['batches'], 'os^Dvp*'):
         own = [(multiply_adds(h), us) for h, k, us in r['arithmetic'] if k == bs]

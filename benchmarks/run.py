@@ -143,7 +143,13 @@ def ratio(a, b, key):
     return median(both) if both else None
 
 
-def summarise(rows, about):
+def shown(line, busy):
+    "Seconds of the first and of the later run; of processor time if the machine was busy with other work"
+    first = line['first_cpu' if busy else 'first']['median']
+    return first, line['later_cpu' if busy else 'later']['median'] if 'later' in line else first
+
+
+def summarise(rows, about, busy=False):
     "One dict a contestant, the fastest first"
     good, bad = defaultdict(list), {}
     for r in rows:
@@ -168,7 +174,7 @@ def summarise(rows, about):
         enough = ours and min(line['accuracy']['count'], ours['accuracy']['count']) >= 6  # with fewer the noise of the last step decides
         if enough and not abs(line['accuracy']['median'] - ours['accuracy']['median']) <= 0.01 or line['accuracy']['max'] < 0.5:
             line['problems'].append(f'accuracy {line["accuracy"]["median"]:.4f}, more than a point from ours: not the same job')
-    lines.sort(key=lambda line: line.get('later', line['first'])['median'])
+    lines.sort(key=lambda line: shown(line, busy)[1])
     failed = {name: why for name, why in bad.items() if name not in good}
     return lines, failed
 
@@ -183,8 +189,9 @@ def table(lines, failed, missing, info, good):
            'a validation pass of 10,000 after each; float32, one thread.',
            f'{info["rounds"]} rounds in random order, each contestant a process of its own; medians. {info["machine"]}; '
            f'miniai at {info["commit"]}; {info["date"]}; load average {info["load_before"]} before, {info["load_after"]} after.', '']
-    if max(info['load_before'], info['load_after']) > 1.5 + 0.5 * (os.cpu_count() > 2):
-        out += ['**The machine was busy with other work**: the processor times (CPU) say more than the seconds on the clock.', '']
+    if info['busy']:
+        out += ['**The machine was busy with other work**: compare processor times (CPU), by which the table is sorted; the clock tells '
+                'little.', '']
     out += ['*First*: the first run in the process, with what a tool compiles or loads then; *later*: the second run there. *CPU*: '
             'processor time of the later run, all threads and workers. *× ours*: median over the rounds of the ratio in one round.', '',
             '| contestant | later, s | min to max | first, s | CPU, s | × ours, later | first | CPU | accuracy | lowest to highest '
@@ -214,25 +221,30 @@ def table(lines, failed, missing, info, good):
 
 
 def plot(lines, info, path):
-    "Bars, the fastest on top"
+    "A dot for the later run and one for the first, the fastest contestant on top"
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     with plt.rc_context({'font.size': 9}):
         fig, ax = plt.subplots(figsize=(8, 0.32 * len(lines) + 1.4), layout='constrained', dpi=100)
         for i, line in enumerate(lines):
-            later, first = line.get('later', line['first'])['median'], line['first']['median']
+            first, later = shown(line, info['busy'])
             own = line['name'] in (OURS, 'fit_torch_nn')
-            ax.barh(i, max(first, later), color='#cccccc', height=0.7)
-            ax.barh(i, later, color='#d95f02' if own else '#4c78a8', height=0.7)
-            r = line['later_ratio'] or line['first_ratio']
-            ax.text(max(first, later) * 1.05, i, f'{later:.2f} s' + (f'   {r:.2f} × ours' if r else ''), va='center')
+            color = '#d95f02' if own else '#4c78a8'
+            ax.plot([later, first], [i, i], color='#bbbbbb', lw=2, zorder=1)
+            ax.plot(first, i, 'o', color='#bbbbbb', zorder=2)
+            ax.plot(later, i, 'o', color=color, zorder=3)
+            cpu = '_cpu' if info['busy'] else ''
+            r = line[f'later{cpu}_ratio'] or line[f'first{cpu}_ratio']
+            ax.text(max(first, later) * 1.12, i, f'{later:.2f} s' + (f'   {r:.2f} × ours' if r else ''), va='center')
         ax.set_yticks(range(len(lines)), [line['name'] for line in lines])
         ax.invert_yaxis()
         ax.set_xscale('log')
         ax.set_xlim(right=ax.get_xlim()[1] * 4)
-        ax.set_xlabel('seconds for the job, logarithmic (grey: what the first run in a process takes longer)')
-        ax.set_title(f'{info["epochs"]} epochs of {info["rows"]:,} rows, one thread, {info["rounds"]} rounds', fontsize=9)
+        ax.set_xlabel(f'{"processor " if info["busy"] else ""}seconds for the job, logarithmic (grey: the first run in a process)')
+        ax.set_title(f'epochs: {info["epochs"]}, of {info["rows"]:,} rows each; one thread; rounds: {info["rounds"]}', fontsize=9)
+        ax.grid(axis='x', color='#eeeeee')
+        ax.set_axisbelow(True)
         for side in 'top', 'right': ax.spines[side].set_visible(False)
         fig.savefig(path)
         plt.close(fig)
@@ -242,7 +254,10 @@ def write(rows, about, missing, info):
     "All three results, from what was measured so far"
     rows = [r for r in rows if r]
     info.update(load_after=round(os.getloadavg()[0], 1), rounds=1 + max(r['round'] for r in rows))
-    lines, failed = summarise(rows, about)
+    # on a quiet machine a contestant of one thread gets a processor for as long as it runs
+    share = [r['later_cpu'] / r['later'] for r in rows if 'later' in r]
+    info['busy'] = bool(share) and median(share) < 0.9
+    lines, failed = summarise(rows, about, info['busy'])
     good = defaultdict(list)
     for r in rows:
         if 'error' not in r: good[r['name']].append(r)
