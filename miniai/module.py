@@ -288,7 +288,7 @@ class Module:
 
 # %% ../nbs/02_module.ipynb #d9e4798f
 class Linear(Module):
-    "`x @ weight.T + bias`, the twin of `nn.Linear`: same words, names, shapes and, from the same seed, the same first weights"
+    "`x @ weight.T + bias`, `(…, in_features)` to `(…, out_features)`, the twin of `nn.Linear`: same words, names, shapes and, from the same seed, the same first weights"
     def __init__(self,
         in_features:int,  # columns of the input
         out_features:int, # columns of the output
@@ -318,7 +318,7 @@ class Linear(Module):
 
 # %% ../nbs/02_module.ipynb #d196afaa
 class ReLU(Module):
-    "`max(x, 0)`, the twin of `nn.ReLU`; its gradient at 0 is 0"
+    "`max(x, 0)` of any shape, the twin of `nn.ReLU`; its gradient at 0 is 0"
     def forward(self, x): return x.clamp_min(0.)
     def bwd(self, grad, out, x): return grad.masked_fill(out <= 0, 0.)
 
@@ -332,7 +332,7 @@ class Flatten(Module):
 
 # %% ../nbs/02_module.ipynb #8df4d1cd
 class MSELoss(Module):
-    "Mean (or sum) of the squared differences of two tensors of one shape, the twin of `nn.MSELoss`"
+    "0-d mean (or sum) of the squared differences of two tensors of one shape, the twin of `nn.MSELoss`"
     def __init__(self,
         reduction:str='mean', # 'mean' or 'sum', else `ValueError`
     ):
