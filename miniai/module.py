@@ -288,7 +288,9 @@ class Module:
 
 # %% ../nbs/02_module.ipynb #d9e4798f
 class Linear(Module):
-    "`x @ weight.T + bias`, `(…, in_features)` to `(…, out_features)`, the twin of `nn.Linear`: same words, names, shapes and, from the same seed, the same first weights"
+    """`x @ weight.T + bias`, from `(…, in_features)` to `(…, out_features)`: the twin of `nn.Linear`.
+
+    Same words, names and shapes and, from the same seed, the same first weights."""
     def __init__(self,
         in_features:int,  # columns of the input
         out_features:int, # columns of the output
