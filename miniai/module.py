@@ -154,22 +154,20 @@ class Module:
 
     def _record(self, inputs):
         "`forward` without autograd, and an output that remembers how it was made if anything behind it asks for a gradient"
-        params = self._asking()
-        if any([isinstance(t, Tensor) and t.grad_fn is not None for t in inputs]):
-            return _AutogradNode.apply(self, inputs, params, *inputs, *params)
+        params, asking = self._asking(), [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+        if any([t.grad_fn is not None for t in asking]): return _AutogradNode.apply(self, inputs, params, *inputs, *params)
         with torch.no_grad(): out = self.forward(*inputs)
-        asked = params or any([isinstance(t, Tensor) and t.requires_grad for t in inputs])
-        if not asked and not any(p.requires_grad for p in self.parameters()): return out
+        if not asking and not any(p.requires_grad for p in params or self.parameters()): return out
         made = _Made(self, inputs, out, params)
         out = out.detach().requires_grad_()
         out._made = made
-        out.register_post_accumulate_grad_hook(_arrived)
+        out._post_accumulate_grad_hooks = OrderedDict(ours=_arrived) # as register_post_accumulate_grad_hook does, without a handle
         if out.ndim == 0: out.backward = made.backward
         return out
 
     def _asking(self):
         "The parameters of this very layer that want a gradient"
-        return [p for p in vars(self).values() if isinstance(p, nn.Parameter) and p.requires_grad]
+        return [p for p in vars(self).values() if isinstance(p, Tensor) and isinstance(p, nn.Parameter) and p.requires_grad]
 
     def forward(self, *inputs):
         "From the inputs to the output: every layer and net writes its own"
@@ -290,7 +288,7 @@ class Module:
 
 # %% ../nbs/02_module.ipynb #d9e4798f
 class Linear(Module):
-    "`x @ weight.T + bias`, the twin of `nn.Linear`: same words, names, shapes and, from the same seed, the same first weights"
+    "`x @ weight.T + bias`, `(…, in_features)` to `(…, out_features)`, the twin of `nn.Linear`: same words, names, shapes and, from the same seed, the same first weights"
     def __init__(self,
         in_features:int,  # columns of the input
         out_features:int, # columns of the output
@@ -320,7 +318,7 @@ class Linear(Module):
 
 # %% ../nbs/02_module.ipynb #d196afaa
 class ReLU(Module):
-    "`max(x, 0)`, the twin of `nn.ReLU`; its gradient at 0 is 0"
+    "`max(x, 0)` of any shape, the twin of `nn.ReLU`; its gradient at 0 is 0"
     def forward(self, x): return x.clamp_min(0.)
     def bwd(self, grad, out, x): return grad.masked_fill(out <= 0, 0.)
 
@@ -334,7 +332,7 @@ class Flatten(Module):
 
 # %% ../nbs/02_module.ipynb #8df4d1cd
 class MSELoss(Module):
-    "Mean (or sum) of the squared differences of two tensors of one shape, the twin of `nn.MSELoss`"
+    "0-d mean (or sum) of the squared differences of two tensors of one shape, the twin of `nn.MSELoss`"
     def __init__(self,
         reduction:str='mean', # 'mean' or 'sum', else `ValueError`
     ):
