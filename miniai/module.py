@@ -10,7 +10,7 @@ import heapq
 import itertools
 import math
 import threading
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, deque, namedtuple
 from functools import partial
 
 import torch
@@ -48,11 +48,17 @@ class _Made:
             if t._version != version:
                 raise RuntimeError(f'{layer}: a tensor of shape {tuple(t.shape)} that its backward needs was changed in place after '
                                    'the forward pass. Write to a clone, or call backward() first')
+        if grad is None: grad = torch.ones_like(out)
+        if grad.shape != out.shape: raise RuntimeError(f'{layer}: the gradient is {tuple(grad.shape)}, the output {tuple(out.shape)}')
         self.inputs = self.out = self.seen = None
-        grads = layer.bwd(torch.ones_like(out) if grad is None else grad, out, *inputs)
-        if not isinstance(grads, tuple): grads = grads,
+        version = grad._version
+        grads = layer.bwd(grad, out, *inputs)
+        if grad._version != version: raise RuntimeError(f'{layer}: bwd changed the gradient it was given in place; others may need it')
+        if not isinstance(grads, (tuple, list)): grads = grads,
         for p in self.params:
-            if p.grad is None: raise RuntimeError(f'{layer}: bwd added nothing to .grad of its parameter of shape {tuple(p.shape)}')
+            if p.grad is None and p.requires_grad:
+                raise RuntimeError(f'{layer}: bwd added nothing to .grad of its parameter of shape {tuple(p.shape)}')
+            if p.grad is not None and any([p.grad is g for g in (grad, *grads)]): p.grad = p.grad.clone() # one of its own
         wanted = []
         for i, t in enumerate(inputs):
             asks = isinstance(t, Tensor) and t.requires_grad
@@ -64,8 +70,11 @@ class _Made:
 
     def backward(self,
         gradient:Tensor|None=None, # of what follows the loss, 0-d; 1 if left out
+        retain_graph=None, create_graph=False, inputs=None, # PyTorch's words; anything but their defaults is refused
     ):
         "What `loss.backward()` calls: fill `.grad` of everything that the loss came from"
+        if retain_graph or create_graph or inputs is not None:
+            raise RuntimeError(f'{self.layer}: backward takes no retain_graph, create_graph or inputs: one walk, and its memory is gone')
         _walk_back([(self, gradient)])
 
     def __reduce_ex__(self, protocol):
@@ -98,6 +107,7 @@ _here = _Here()
 
 def _arrived(t):
     "Autograd has reached `t`, an output of ours, from a torch operation on it: walk on from there when autograd has done its part"
+    if torch.is_grad_enabled(): raise RuntimeError(f'{t._made.layer}: create_graph=True is refused, as bwd is not differentiated again')
     grad, t.grad = t.grad, None
     task = torch._C._current_graph_task_id()
     if _here.task != task:
@@ -132,6 +142,8 @@ def _members(value, name):
         for i, v in enumerate(value): yield from _members(v, f'{name}.{i}')
     elif isinstance(value, dict):
         for k, v in value.items(): yield from _members(v, f'{name}.{k}')
+    elif isinstance(value, (set, frozenset, deque)) and any(isinstance(v, (Module, nn.Module, nn.Parameter)) for v in value):
+        raise TypeError(f'{name}: put modules and parameters into a list, tuple or dict, not a {type(value).__name__}')
 
 
 class Module:
@@ -142,6 +154,10 @@ class Module:
     input that asks for none). A net defines only `forward`, and calls layers and other nets in it. `nn.Parameter`s and modules are
     found in the attributes, also in lists, tuples and dicts."""
     training, bwd, _forward_hooks = True, None, None
+
+    def __init_subclass__(cls):
+        if 'forward' in vars(cls) and 'bwd' not in vars(cls) and cls.bwd is not None:
+            raise TypeError(f'{cls.__name__} has a forward of its own and the bwd of another class: write its bwd, or bwd = None for a net')
 
     def __call__(self, *inputs):
         if self.bwd is None: out = self.forward(*inputs)
@@ -154,10 +170,16 @@ class Module:
 
     def _record(self, inputs):
         "`forward` without autograd, and an output that remembers how it was made if anything behind it asks for a gradient"
-        params, asking = self._asking(), [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
-        if any([t.grad_fn is not None for t in asking]): return _AutogradNode.apply(self, inputs, params, *inputs, *params)
+        asking, params = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad], self._asking()
+        for t in inputs:
+            parts = t.values() if isinstance(t, dict) else t if isinstance(t, (list, tuple)) else ()
+            if any([isinstance(p, Tensor) and p.requires_grad for p in parts]):
+                raise TypeError(f'{self}: an input is a {type(t).__name__} of tensors that want gradients; hand them over one by one')
+        hooked = any([t._backward_hooks or t._post_accumulate_grad_hooks for t in params])
+        if hooked or any([t.grad_fn is not None or t._backward_hooks for t in asking]):
+            return _AutogradNode.apply(self, inputs, params, *inputs, *params)
         with torch.no_grad(): out = self.forward(*inputs)
-        if not asking and not any(p.requires_grad for p in params or self.parameters()): return out
+        if not asking and not params: return out
         made = _Made(self, inputs, out, params)
         out = out.detach().requires_grad_()
         out._made = made
@@ -166,8 +188,9 @@ class Module:
         return out
 
     def _asking(self):
-        "The parameters of this very layer that want a gradient"
-        return [p for p in vars(self).values() if isinstance(p, Tensor) and isinstance(p, nn.Parameter) and p.requires_grad]
+        values = vars(self).values()
+        if any([isinstance(v, (list, tuple, dict, Module, nn.Module)) for v in values]): values = self.parameters()
+        return [p for p in values if isinstance(p, Tensor) and isinstance(p, nn.Parameter) and p.requires_grad]
 
     def forward(self, *inputs):
         "From the inputs to the output: every layer and net writes its own"
@@ -179,8 +202,12 @@ class Module:
             if name != '_forward_hooks': yield from _members(value, name)
 
     def named_children(self):
-        "The modules directly below this one, with their names"
-        return ((name, m) for name, m in self._named() if not isinstance(m, nn.Parameter))
+        "The modules directly below this one, each once, with their names"
+        seen = set()
+        for name, m in self._named():
+            if isinstance(m, nn.Parameter) or m in seen: continue
+            seen.add(m)
+            yield name, m
 
     def children(self):
         "The modules directly below this one"
@@ -215,7 +242,8 @@ class Module:
     def state_dict(self, prefix=''):
         "Every parameter (and a torch child's buffers) by dotted name, detached, sharing memory"
         state = {prefix + name: p.detach() for name, p in self._named() if isinstance(p, nn.Parameter)}
-        for name, m in self.named_children(): state.update(m.state_dict(prefix=f'{prefix}{name}.'))
+        for name, m in self._named():
+            if not isinstance(m, nn.Parameter): state.update(m.state_dict(prefix=f'{prefix}{name}.'))
         return state
 
     def load_state_dict(self,

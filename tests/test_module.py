@@ -28,9 +28,9 @@ def train(net, steps=50):
 
 
 def test_two_threads_train_two_nets():
-    alone = [train(make(seed)) for seed in range(2)]
+    alone, nets = [train(make(seed)) for seed in range(2)], [make(seed) for seed in range(2)]
     together = [None, None]
-    def run(seed): together[seed] = train(make(seed), 50)
+    def run(seed): together[seed] = train(nets[seed])
     threads = [threading.Thread(target=run, args=(seed,)) for seed in range(2)]
     for t in threads: t.start()
     for t in threads: t.join()
@@ -110,6 +110,19 @@ def test_a_frozen_middle_still_passes_the_gradient_on():
     twin(x).sum().backward()
     assert_close(net[0].weight.grad, twin[0].weight.grad)
     assert net[2].layer.weight.grad is None
+
+
+def test_a_layer_that_holds_others_and_lists_is_watched():
+    class Holds(Module):
+        def __init__(self): self.inner, self.scales = Linear(3, 3, dtype=torch.float64), [nn.Parameter(torch.ones(3, dtype=torch.float64))]
+        def forward(self, x): return x * self.scales[0]
+        def bwd(self, grad, out, x): return grad
+    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match='added nothing to .grad'): Holds()(x).sum().backward()
+    layer = Holds()
+    out = layer(x)
+    with torch.no_grad(): layer.scales[0].add_(1)
+    with pytest.raises(RuntimeError, match='changed in place'): out.sum().backward()
 
 
 def test_twice_differentiated_is_refused():
