@@ -8,6 +8,7 @@ __all__ = ['Record', 'accuracy', 'report', 'SGD', 'Dataset', 'BatchSampler', 'Da
 # %% ../nbs/04_minibatch_training.ipynb #95e57b81
 import math
 import operator
+import sys
 import time
 from collections import namedtuple
 
@@ -86,6 +87,8 @@ class SGD:
         own, given = ([len(g['params']) for g in gs] for gs in (self.param_groups, groups))
         if own != given: raise ValueError(f'SGD.load_state_dict: groups of {given} parameters, this optimiser has groups of {own}')
         for g in groups: _check_group(g)
+        kept = sorted({k for state in state_dict['state'].values() for k, v in state.items() if v is not None})
+        if kept: raise ValueError(f'SGD.load_state_dict: the state holds {kept}, which this optimiser has no use for; whose state is it?')
         self.param_groups = [{**g, **new, 'params': g['params']} for g, new in zip(self.param_groups, groups)]
 
 
@@ -198,9 +201,11 @@ def evaluate(
                 batch_loss = float(loss_func(out, yb))
                 if not math.isfinite(batch_loss):
                     raise FloatingPointError(f'evaluate: the loss is {batch_loss} at batch {i} (counted from 0)')
-                n += len(xb)
-                loss += batch_loss * len(xb)
-                score += float(metric(out, yb)) * len(xb)
+                try: batch_score = float(metric(out, yb))
+                except ValueError as e: raise ValueError(f'evaluate: at batch {i} (counted from 0): {e}') from None
+                n += len(yb)
+                loss += batch_loss * len(yb)
+                score += batch_score * len(yb)
     finally:
         for m, mode in modes: m.training = mode
     if not n: raise ValueError('evaluate: the loader gave no batch; is the dataset empty, or the loader a generator that ran before?')
@@ -209,7 +214,8 @@ def evaluate(
 
 def _check_loss_func(loss_func):
     "Means are weighed by batch size, so a sum would be counted wrongly"
-    reduction = getattr(loss_func, 'reduction', 'mean')
+    given = getattr(loss_func, 'keywords', {}) # of a functools.partial
+    reduction = getattr(loss_func, 'reduction', given.get('reduction', 'mean'))
     if reduction != 'mean': raise ValueError(f"loss_func has reduction={reduction!r}, needs 'mean': batches are weighed by their size")
 
 # %% ../nbs/04_minibatch_training.ipynb #96f95c87
@@ -239,6 +245,7 @@ def fit(
 )->list:              # of `Record`s: epoch (from 1), train_loss, valid_loss, valid_accuracy (or `valid_` and the metric's name), seconds
     "Train and validate; `ValueError` if nothing could be learned, `FloatingPointError` names epoch and batch of a loss that is not finite"
     from tqdm import tqdm
+    hidden = None if progress and sys.stderr is not None else True # None: shown in a terminal only
     if epochs < 0: raise ValueError(f'fit: epochs is {epochs}, needs 0 or more')
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError('fit: no parameter of the model requires a gradient, so nothing can be trained')
@@ -252,7 +259,7 @@ def fit(
     for epoch in range(1, epochs + 1):
         start, losses, sizes = time.perf_counter(), [], []
         model.train()
-        with tqdm(train_dl, desc=f'epoch {epoch}', disable=None if progress else True, leave=False) as bar:
+        with tqdm(train_dl, desc=f'epoch {epoch}', disable=hidden, leave=False) as bar:
             for xb, yb in bar:
                 loss = loss_func(model(xb), yb)
                 loss.backward()
@@ -260,7 +267,7 @@ def fit(
                 opt.step()
                 opt.zero_grad()
                 losses.append(loss.detach())
-                sizes.append(len(xb))
+                sizes.append(len(yb))
         if not losses: raise ValueError(f'fit: train_dl gave no batch in epoch {epoch}; a generator can be run through only once')
         losses = torch.stack(losses).tolist()
         for i, l in enumerate(losses):
@@ -270,8 +277,8 @@ def fit(
         train_loss = sum(l * k for l, k in zip(losses, sizes)) / sum(sizes)
         valid_loss, score = evaluate(model, loss_func, valid_dl, metric)
         records.append(make_record(epoch, train_loss, valid_loss, score, time.perf_counter() - start))
-        if progress: print(_line(records[-1]))
         if after_epoch is not None: after_epoch(records[-1])
+        if progress: print(_line(records[-1]))
     return records
 
 
@@ -279,7 +286,8 @@ def _record_type(metric):
     "`Record`, with a field named after the metric"
     name = getattr(metric, '__name__', type(metric).__name__)
     if name == 'accuracy': return Record
-    return namedtuple('Record', [f.replace('accuracy', name if name.isidentifier() else 'metric') for f in Record._fields])
+    name = name if name.isidentifier() and name != 'loss' else 'metric'
+    return namedtuple('Record', [f.replace('accuracy', name) for f in Record._fields])
 
 
 def _line(record)->str:
