@@ -264,7 +264,7 @@ def test_unpacked_files_are_read(tmp_path):
 
 def test_a_directory_where_a_file_should_be(serve, tmp_path):
     (tmp_path/'tiny'/'t10k-labels-idx1-ubyte.gz').mkdir(parents=True)
-    with pytest.raises(DataUnavailable, match='t10k-labels-idx1-ubyte: cannot be read'): load([], tmp_path)
+    with pytest.raises(DataUnavailable, match='t10k-labels-idx1-ubyte: not a file'): load([], tmp_path)
     with pytest.warns(UserWarning, match='cannot be kept'): check(load([serve().url], tmp_path))
 
 def test_killed_in_mid_download(serve, tmp_path):
