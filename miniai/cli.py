@@ -127,7 +127,8 @@ def load_net(
             about = f.metadata() or {}
             heads = {k: f.get_slice(k) for k in f.keys()}
             got = {k: (h.get_dtype(), *h.get_shape()) for k, h in heads.items()}
-            hidden = got.get('0.bias', (None, 200))[-1]
+            bias = got.get('0.bias', ())[1:]
+            hidden = bias[0] if len(bias) == 1 and bias[0] else 200
             want = {'0.weight': ('F32', hidden, 784), '0.bias': ('F32', hidden), '2.weight': ('F32', 10, hidden), '2.bias': ('F32', 10)}
             if wrong := [k for k in sorted(want | got) if want.get(k) != got.get(k)][:4]:
                 text = lambda d, k: f'{d[k][0]} {d[k][1:]}' if k in d else 'absent'
@@ -139,8 +140,11 @@ def load_net(
     net = make_net(hidden, engine)
     net.load_state_dict(state)
     try: about = json.loads(about['miniai'])
-    except (KeyError, ValueError): about = {}
-    return net, about if isinstance(about, dict) else {}
+    except (KeyError, ValueError, RecursionError): about = {}
+    if not isinstance(about, dict): about = {}
+    if not isinstance(about.get('data', ''), str):
+        raise ValueError(f'{path}: not weights of miniai_train: the name of its data is a {type(about["data"]).__name__}, needs a string')
+    return net, about
 
 # %% ../nbs/80_command_line.ipynb #c6eb4a97
 def confusion(
@@ -284,13 +288,14 @@ def prepare_image(
     import torch
     from PIL import Image, ImageFilter
     grey = np.asarray(img)
+    nothing = ValueError('nothing is written on it, or too faintly to tell')
+    if grey.min() == grey.max(): raise nothing
     edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     if grey.shape != (28, 28) or np.median(edge) >= 128:
         longest = max(img.size)
         k = min(max(longest, 80), 160)/longest
         img = img.resize([max(1, round(n*k)) for n in img.size], Image.Resampling.BICUBIC)
         ink, noise = find_ink(np.asarray(img.filter(ImageFilter.MedianFilter(3))))
-        nothing = ValueError('nothing is written on it, or too faintly to tell')
         if ink.max() < 10: raise nothing
         cut = otsu(ink)
         full = np.median(ink[ink > cut])

@@ -88,6 +88,7 @@ def _read_verified(
     why = 'missing'
     for path in (folder/f'{name}.gz', folder/name):
         try:
+            if path.exists() and not path.is_file(): raise ValueError('not a file')  # to open a named pipe would wait for ever
             with open(path, 'rb') as f: return _verified(f.read(_CAP + 1), sha)
         except (FileNotFoundError, NotADirectoryError): continue
         except OSError as e: why = f'cannot be read ({e.strerror})'
@@ -393,7 +394,8 @@ class _Refused(pickle.UnpicklingError): "A pickle asked for something that is no
 class _Dtype:
     "Stands in for a NumPy dtype while a pickle is read: numbers only"
     def __init__(self, spec, *_):
-        if not (isinstance(spec, str) and re.fullmatch('[<>|=]?(b1|[iu][1248]|f[248])', spec)):
+        if not isinstance(spec, str): raise _Refused('refused an array whose dtype has no name')
+        if not (re.fullmatch('[<>|=]?(b1|[iu][1248]|f[248])', spec)):
             raise _Refused(f'refused an array of dtype {spec!r}: only numbers are read')
         self.dtype = np.dtype(spec)
     def __setstate__(self, state):
@@ -412,8 +414,10 @@ class _Array:
         self.fill(data, dtype, shape, 'F' if fortran else 'C')
 
 # %% ../nbs/00_data.ipynb #43175a0c
-class _NumbersOnly(pickle.Unpickler):
+class _NumbersOnly(pickle._Unpickler):  # the one written in Python: its table of instructions can be cut down
     "An unpickler that knows five names, all its own, and so can rebuild arrays of numbers and nothing else"
+    def _no_keys(self): raise _Refused('refused a dict or a set: only arrays in tuples and lists are read')
+    dispatch = pickle._Unpickler.dispatch | dict.fromkeys(b'd}\x8f\x91', _no_keys)  # the four instructions that make a dict or a set
     def find_class(self, module, name):
         known = {'numpy.dtype': _Dtype, 'numpy.ndarray': 'ndarray', '_codecs.encode': self._encode,
                  'numpy.core.multiarray._reconstruct': self._array, 'numpy.core.numeric._frombuffer': self._from_buffer}
@@ -422,16 +426,20 @@ class _NumbersOnly(pickle.Unpickler):
         except KeyError: raise _Refused(f'refused {full}: only arrays of numbers are read') from None
     def _array(self, *_): return _Array()
     def _from_buffer(self, data, dtype, shape, order): return _Array().fill(data, dtype, shape, order)
-    def _encode(self, text, encoding): return text.encode({'latin1': 'latin1', 'latin-1': 'latin1'}[encoding])
+    def _encode(self, text, encoding):
+        if not isinstance(encoding, str): raise _Refused('refused an encoding that has no name')
+        return text.encode({'latin1': 'latin1', 'latin-1': 'latin1'}[encoding])
 
 def _load_numbers(
     data:bytes, # an unpacked pickle, of any protocol, written by Python 2 or 3
-):              # numbers, strings, tuples, lists, dicts, and NumPy arrays of numbers
+):              # numbers, strings, tuples, lists, and NumPy arrays of numbers
     "Unpickle without running anybody's code; `UnpicklingError` names what was refused"
+    done = {}  # id -> what became of it: a list that occurs many times is walked once
     def arrays(o):
         if isinstance(o, _Array): return o.value
-        if isinstance(o, (tuple, list)): return type(o)(map(arrays, o))
-        return {k: arrays(v) for k, v in o.items()} if isinstance(o, dict) else o
+        if not isinstance(o, (tuple, list)): return o
+        if id(o) not in done: done[id(o)] = type(o)(map(arrays, o))
+        return done[id(o)]
     try: return arrays(_NumbersOnly(io.BytesIO(data), encoding='latin1').load())
     except _Refused: raise
     except Exception as e: raise pickle.UnpicklingError(f'not a pickle of arrays ({type(e).__name__}: {e})') from None

@@ -264,7 +264,7 @@ def test_unpacked_files_are_read(tmp_path):
 
 def test_a_directory_where_a_file_should_be(serve, tmp_path):
     (tmp_path/'tiny'/'t10k-labels-idx1-ubyte.gz').mkdir(parents=True)
-    with pytest.raises(DataUnavailable, match='t10k-labels-idx1-ubyte: cannot be read'): load([], tmp_path)
+    with pytest.raises(DataUnavailable, match='t10k-labels-idx1-ubyte: not a file'): load([], tmp_path)
     with pytest.warns(UserWarning, match='cannot be kept'): check(load([serve().url], tmp_path))
 
 def test_killed_in_mid_download(serve, tmp_path):
@@ -538,7 +538,11 @@ def test_crafted_pickles(body):
     with pytest.raises(pickle.UnpicklingError, match='.'): D._load_numbers(body)
     assert not hasattr(D._Dtype, 'x') and not hasattr(D._NumbersOnly._array, 'x')
 
-@pytest.mark.parametrize('change', [lambda p: p[:2], lambda p: {}, lambda p: 7, lambda p: [1, 2, 3],
+@pytest.mark.parametrize('o', [{}, {'a': 1}, [{1}], (frozenset({1}),)], ids=str)
+def test_dicts_and_sets_are_refused(o):
+    with pytest.raises(pickle.UnpicklingError, match='refused'): D._load_numbers(pickle.dumps(o, protocol=4))
+
+@pytest.mark.parametrize('change', [lambda p: p[:2], lambda p: (), lambda p: 7, lambda p: [1, 2, 3],
     lambda p: [(x.astype('i4'), y) for x, y in p], lambda p: [(x[:, :-1], y) for x, y in p],
     lambda p: [(x, y[:-1]) for x, y in p], lambda p: [(x, y[:, None]) for x, y in p],
     lambda p: [(x*256, y) for x, y in p], lambda p: [(x - 1, y) for x, y in p], lambda p: [(x*np.nan, y) for x, y in p],
