@@ -40,6 +40,7 @@ class Callback:
     An event is `before_`, `after_` or `cleanup_` and one of `PHASES`. `cleanup_` comes whatever happened, an error included."""
     order = 0              # smaller numbers are called first, and in `cleanup_` events last
     shows_progress = False # True if it tells a person how the fit goes, in place of the learner's line an epoch
+    needed = False         # True if a rehearsal, such as a search for a learning rate, is none without it
 
     def __init_subclass__(cls):
         for name in vars(cls):
@@ -200,10 +201,12 @@ class _Looks:
         scores = []
         with self._judging():
             for xb in x.split(bs):
-                self.batch = xb,
+                self.batch = xb.to(self._device()),
                 self.predict()
                 scores.append(self.preds)
         return torch.cat(scores)
+
+    def _device(self): return next((p.device for p in self.model.parameters()), None)
 
     def _first(self, dl):
         "The first batch of a loader, without moving any random generator"
@@ -219,7 +222,8 @@ class _Looks:
             found.append((name, type(layer).__name__, tuple(out.shape), sum(p.numel() for p in layer.parameters(recurse=False)),
                           _multiply_adds(layer, out)//self.rows()))
         with self._judging(), ExitStack() as hooks:
-            self.batch = self._first(self.dls[0])
+            xb, yb = self._first(self.dls[0])
+            self.batch = xb.to(self._device()), yb
             for name, m in self.model.named_modules():
                 if not list(m.children()) or list(m.parameters(recurse=False)):
                     hooks.callback(m.register_forward_hook(partial(look, name)).remove)
@@ -266,7 +270,7 @@ class Learner(_Events, _Looks):
         self.model, self.loss_func, self.opt_func, self.lr, self.cbs = model, loss_func, opt_func, lr, list(cbs)
         self.opt = self.batch = self.preds = self.loss = self._resume = self._replay = None
         self.epoch = self.epochs = self.epochs_done = self.batches_done = self.batch_idx = self.steps = 0
-        self.training, self.will_train, self.record, self.records, self.running_cbs = False, False, {}, [], []
+        self.training, self.will_train, self.progress, self.record, self.records, self.running_cbs = False, False, True, {}, [], []
 
     # ---- the five steps
 
@@ -351,7 +355,7 @@ class Learner(_Events, _Looks):
         self.running_cbs = _in_order([*self.cbs, *cbs])
         self.train_dl, self.valid_dl = dls
         self.epochs, self.will_train, self.records, self.epochs_done, self.batches_done, self._replay = epochs, train, [], 0, 0, None
-        self._progress = progress and not any(cb.shows_progress for cb in self.running_cbs)
+        self.epoch, self.batch_idx, self.progress = 0, 0, progress
         modes = [(m, m.training) for m in self.model.modules()]
         try:
             self._calls = _listeners(self.running_cbs)
@@ -378,7 +382,8 @@ class Learner(_Events, _Looks):
         self.record['seconds'] = time.perf_counter() - start
         self.records.append(self.record)
         self.epochs_done, self.batches_done = self.epoch, 0
-        if self._progress: print(', '.join(_words(*item) for item in self.record.items()))
+        if self.progress and not any(cb.shows_progress for cb in self.running_cbs):
+            print(', '.join(_words(*item) for item in self.record.items()))
 
     def _pass(self):
         "Once through the loader"
@@ -431,6 +436,7 @@ class Learner(_Events, _Looks):
 
     def where(self)->str:
         "Where the fit is, in words"
+        if not self.epoch: return 'before the first epoch'
         return f'epoch {self.epoch}, {self._kind()} batch {self.batch_idx} (counted from 0)'
 
     def _kind(self): return 'training' if self.training else 'validation'
