@@ -59,12 +59,12 @@ class SGD:
             raise ValueError(f'SGD: of {len(every)} parameters none requires a gradient, so a step would change nothing')
         if len(set(every)) < len(every): raise ValueError('SGD: a parameter is given twice, and would be moved twice a step')
 
-    @torch.no_grad()
     def step(self):
         "Move each parameter that has a gradient against it"
-        for g in self.param_groups:
-            for p in g['params']:
-                if p.grad is not None: p.add_(p.grad, alpha=-g['lr'])
+        with torch.no_grad():
+            for g in self.param_groups:
+                for p in g['params']:
+                    if p.grad is not None: p.add_(p.grad, alpha=-g['lr'])
 
     def zero_grad(self,
         set_to_none:bool=True, # drop the gradients; False: put zeros in their place
