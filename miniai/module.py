@@ -57,9 +57,9 @@ class _Made:
     def look_at_params(self, passed_on):
         "Each parameter must have got a gradient, and one of its own: none of those `passed_on` (ids) to others"
         for p in self.params:
-            if (g := p.grad) is None:
-                if p.requires_grad: raise RuntimeError(f'{self.layer}: bwd added nothing to .grad of its parameter of shape {tuple(p.shape)}')
-            elif id(g) in passed_on: p.grad = g.clone()
+            if (g := p.grad) is not None:
+                if id(g) in passed_on: p.grad = g.clone()
+            elif p.requires_grad: raise RuntimeError(f'{self.layer}: bwd added nothing to .grad of its parameter of shape {tuple(p.shape)}')
 
     def wanted(self, inputs, grads):
         "Of the gradients that the layer's `bwd` returned those that inputs ask for, and `None` for the other inputs"
