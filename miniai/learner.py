@@ -8,7 +8,6 @@ __all__ = ['PHASES', 'EVENTS', 'CancelFit', 'CancelEpoch', 'CancelBatch', 'Cance
 
 # %% ../nbs/05_learner.ipynb #cfa0457b
 import difflib
-import math
 import operator
 import random
 import time
@@ -19,7 +18,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from .training import SGD, _check_grads, _check_loss_func
+from .training import SGD, _check_grads, _check_loss_func, _mean_loss
 
 # %% ../nbs/05_learner.ipynb #f3b25df7
 PHASES = 'fit', 'epoch', 'train', 'validate', 'batch', 'predict', 'get_loss', 'backward', 'step', 'zero_grad'
@@ -394,7 +393,9 @@ class Learner(_Events, _Looks):
             for self.batch_idx, self.batch in batches:
                 if self.training: self.batches_done = self.batch_idx + 1
                 self._phase('batch', self._batch)
-        self.record['train_loss' if self.training else 'valid_loss'] = self._mean_loss()
+        if not self._losses: raise ValueError(f'Learner: no batch went through in {self.where()}; a generator can be run through only once')
+        loss = _mean_loss(self._losses, self._rows, 'Learner', f'epoch {self.epoch}, {self._kind()} batch')
+        self.record['train_loss' if self.training else 'valid_loss'] = loss
 
     def _batches(self):
         "The batches of the pass, numbered; a resumed one is drawn again and passed over up to where it stopped"
@@ -423,16 +424,6 @@ class Learner(_Events, _Looks):
         self._phase('step', self.step)
         self.steps += 1
         self._phase('zero_grad', self.zero_grad)
-
-    def _mean_loss(self):
-        "Of the pass, each row counting alike; looked at once, as a look at every batch would wait for the device"
-        if not self._losses: raise ValueError(f'Learner: no batch went through in {self.where()}; a generator can be run through only once')
-        losses = torch.stack(self._losses).tolist()
-        for i, l in enumerate(losses):
-            if not math.isfinite(l):
-                raise FloatingPointError(f'Learner: the loss became {l} in epoch {self.epoch}, {self._kind()} batch {i} (counted from 0); '
-                                         'try a smaller learning rate, or look for bad values in that batch')
-        return sum(l*k for l, k in zip(losses, self._rows))/sum(self._rows)
 
     def where(self)->str:
         "Where the fit is, in words"

@@ -273,17 +273,22 @@ def fit(
                 losses.append(loss.detach())
                 sizes.append(len(yb))
         if not losses: raise ValueError(f'fit: train_dl gave no batch in epoch {epoch}; a generator can be run through only once')
-        losses = torch.stack(losses).tolist()
-        for i, l in enumerate(losses):
-            if not math.isfinite(l):
-                raise FloatingPointError(f'fit: the loss became {l} in epoch {epoch} at batch {i} (counted from 0); try a smaller '
-                                         'learning rate, or look for bad values in that batch')
-        train_loss = sum(l * k for l, k in zip(losses, sizes)) / sum(sizes)
+        train_loss = _mean_loss(losses, sizes, 'fit', f'epoch {epoch} at batch')
         valid_loss, score = evaluate(model, loss_func, valid_dl, metric)
         records.append(make_record(epoch, train_loss, valid_loss, score, time.perf_counter() - start))
         if after_epoch is not None: after_epoch(records[-1])
         if progress: print(_line(records[-1]))
     return records
+
+
+def _mean_loss(losses, sizes, who, batch)->float:
+    "Mean over all rows of the batches' 0-d losses, which are looked at here, once; `FloatingPointError` names the first not finite"
+    losses = torch.stack(losses).tolist()
+    for i, l in enumerate(losses):
+        if not math.isfinite(l):
+            raise FloatingPointError(f'{who}: the loss became {l} in {batch} {i} (counted from 0); try a smaller learning rate, '
+                                     'or look for bad values in that batch')
+    return sum(l * k for l, k in zip(losses, sizes)) / sum(sizes)
 
 
 def _record_type(metric):
