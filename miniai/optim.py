@@ -121,7 +121,7 @@ class Optimizer(SGD):
 def _name(obj): return type(obj).__name__
 
 
-def _count_dtype(): return torch.promote_types(torch.get_default_dtype(), torch.float32) # as in PyTorch; float32 counts to 16 million
+def _count_dtype(): return torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32 # as in PyTorch; both count far
 
 # %% ../nbs/08_optimizers.ipynb #fff239a8
 # what a group may hold beside an optimiser's words: a name, and what schedules leave there
@@ -161,7 +161,7 @@ def _fitting(opt, p, name, value):
     if name == 'step': return torch.tensor(float(value), dtype=_count_dtype())
     if value.shape != p.shape:
         raise ValueError(f'{_name(opt)}.load_state_dict: {name} is {tuple(value.shape)} for a parameter {tuple(p.shape)}')
-    return value.detach().to(p.device, p.dtype, copy=True)
+    return value.to(p.device, p.dtype, copy=True)
 
 # %% ../nbs/08_optimizers.ipynb #e3de3241
 class Momentum(Optimizer):
@@ -599,11 +599,11 @@ class SchedulerCB(Callback):
         if each not in ('batch', 'epoch'): raise ValueError(f"SchedulerCB: each is {each!r}, needs 'batch' or 'epoch'")
         self.make, self.each, self.monitor = make, each, monitor
         self.sched = self._before = self._resume = None
-        self._due = False
 
     def before_fit(self, learn):
+        self._due = False
         if not learn.will_train: return
-        opt, resume, self._resume, self._due = learn.opt, self._resume, None, False
+        opt, resume, self._resume = learn.opt, self._resume, None
         now = _words(opt)
         self._before = now if resume is None else resume['before']
         _set_words(opt, self._before)
