@@ -265,7 +265,8 @@ class Adam(Optimizer):
         lr, (beta1, beta2) = group['lr'], group['betas']
         steps, means, squares = self.kept(params, 'step', 'exp_avg', 'exp_avg_sq')
         torch._foreach_add_(steps, 1)
-        if group['decoupled_weight_decay'] and group['weight_decay']: torch._foreach_mul_(params, 1 - lr*group['weight_decay'])
+        decay = lr*group['weight_decay'] if group['decoupled_weight_decay'] else 0
+        if decay: torch._foreach_mul_(params, 1 - decay)
         torch._foreach_lerp_(means, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
