@@ -190,13 +190,13 @@ def test_every_bad_row_is_counted(seed):
     g = torch.Generator().manual_seed(seed)
     scores, labels = rows(97, 5, seed)
     bad = torch.rand(97, generator=g) < .2
-    nan = (torch.rand(97, 5, generator=g) < .05)
+    nan = torch.rand(97, 5, generator=g) < .05
     wild = torch.where(torch.rand(97, generator=g) < .5, -3, 9)
     spoiled = scores.masked_fill(nan, torch.nan)
     for ours in family(5):
-        with pytest.raises(ValueError, match=rf'{ours.name}: {bad.sum()} of 97 labels'): over(ours, scores, labels.where(~bad, wild), size=10)
-        with pytest.raises(ValueError, match=rf'{ours.name}: {nan.any(1).sum()} of 97 rows have NaN'): over(ours, spoiled, labels, size=10)
-        with pytest.raises(ValueError, match=rf'{bad.sum()} of 97 labels'): over(ours, spoiled, labels.where(~bad, wild), size=10)
+        with pytest.raises(ValueError, match=f'{ours.name}: {bad.sum()} of 97 lab'): over(ours, scores, labels.where(~bad, wild), size=10)
+        with pytest.raises(ValueError, match=f'{ours.name}: {nan.any(1).sum()} of 97 rows have NaN'): over(ours, spoiled, labels, size=10)
+        with pytest.raises(ValueError, match=f'{bad.sum()} of 97 labels'): over(ours, spoiled, labels.where(~bad, wild), size=10)
         over(ours, scores, labels)                               # and is forgotten by reset
 
 
