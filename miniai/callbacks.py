@@ -376,9 +376,8 @@ class RecorderCB(Callback):
     def _write(self):
         "Append what waits, after cutting off what a killed run had written beyond its last checkpoint"
         if not self._lines: return
-        with self.path.open('r+b') as file:
-            file.truncate(min(self._size, os.fstat(file.fileno()).st_size))
-            file.seek(0, os.SEEK_END)
+        with self.path.open('ab') as file:
+            file.truncate(min(self._size, file.seek(0, os.SEEK_END)))
             file.write(''.join(self._lines).encode())
             file.flush()
             os.fsync(file.fileno())
@@ -467,59 +466,6 @@ def _sparks(values, width:int)->str:
     return ''.join('▁▂▃▄▅▆▇█'[round(7*(v - low)/(high - low or 1))] for v in means)
 
 # %% ../nbs/06_callbacks.ipynb #a2405533
-class ProgressCB(Callback):
-    "Shows how a fit goes: a bar with loss and learning rate, a table with a row an epoch, and the curve of the loss"
-    order, shows_progress = 50, True
-    def __init__(self,
-        plot:bool=True,     # draw the curve, in a notebook?
-        every:float=.5,     # seconds between two redraws, at least
-        style:str|None=None, # 'page', 'terminal' or 'lines'; None: what suits the place
-    ):
-        if style not in (None, *_STYLES): raise ValueError(f'ProgressCB: style is {style!r}, needs one of {", ".join(_STYLES)}')
-        self.plot, self.every, self.style = plot, every, style
-        self._view = None
-
-    def before_fit(self, learn):
-        self._view = _STYLES[self.style or _style()]() if getattr(learn, 'progress', learn.train_dl is not None) else None
-        self._live = self._view is not None and self._view.live
-        self._new, self._losses, self._valid, self._next = [], [], [], 0.
-
-    def before_epoch(self, learn): self._done = learn.batches_done
-    def before_train(self, learn): self._total = operator.length_hint(learn.dl) + operator.length_hint(learn.valid_dl or ())
-    def before_validate(self, learn): self._total = self._done + operator.length_hint(learn.dl)
-
-    def after_batch(self, learn):
-        if not self._live: return
-        self._done += 1
-        if learn.training: self._new.append(learn.loss.detach())
-        if time.perf_counter() >= self._next: self._draw(learn)
-
-    def after_epoch(self, learn):
-        if self._view is None: return
-        self._look()
-        if 'valid_loss' in learn.record: self._valid.append((len(self._losses), learn.record['valid_loss']))
-        self._view.row(learn.record)
-
-    def cleanup_epoch(self, learn):
-        if self._view is not None: self._view.close()
-
-    def cleanup_fit(self, learn):
-        if self._view is not None: self._view.end(self._losses, self._valid if self.plot else None)
-        self._view = None
-
-    def _look(self):
-        if self._new: self._losses += torch.stack(self._new).tolist()
-        self._new = []
-
-    def _draw(self, learn):
-        self._look()
-        loss = f'loss {self._losses[-1]:.4f}' if self._losses else ''
-        rate = f'lr {float(learn.opt.param_groups[0]["lr"]):.3g}' if learn.will_train else ''
-        self._view.draw(f'epoch {learn.epoch}/{learn.epochs}', self._done, self._total, f'{loss} {rate}', self._losses)
-        if self.plot: self._view.curve(self._losses, self._valid)
-        self._next = time.perf_counter() + self.every
-
-
 class _Lines:
     "For a file, a log or a pipe"
     live = False
@@ -606,6 +552,59 @@ def _curve(losses, valid)->bytes:
     ax.legend()
     fig.savefig(file := io.BytesIO(), format='png')
     return file.getvalue()
+
+# %% ../nbs/06_callbacks.ipynb #949390ec
+class ProgressCB(Callback):
+    "Shows how a fit goes: a bar with loss and learning rate, a table with a row an epoch, and the curve of the loss"
+    order, shows_progress = 50, True
+    def __init__(self,
+        plot:bool=True,     # draw the curve, in a notebook?
+        every:float=.5,     # seconds between two redraws, at least
+        style:str|None=None, # 'page', 'terminal' or 'lines'; None: what suits the place
+    ):
+        if style not in (None, *_STYLES): raise ValueError(f'ProgressCB: style is {style!r}, needs one of {", ".join(_STYLES)}')
+        self.plot, self.every, self.style = plot, every, style
+        self._view = None
+
+    def before_fit(self, learn):
+        self._view = _STYLES[self.style or _style()]() if getattr(learn, 'progress', learn.train_dl is not None) else None
+        self._live = self._view is not None and self._view.live
+        self._new, self._losses, self._valid, self._next = [], [], [], 0.
+
+    def before_epoch(self, learn): self._done = learn.batches_done
+    def before_train(self, learn): self._total = operator.length_hint(learn.dl) + operator.length_hint(learn.valid_dl or ())
+    def before_validate(self, learn): self._total = self._done + operator.length_hint(learn.dl)
+
+    def after_batch(self, learn):
+        if not self._live: return
+        self._done += 1
+        if learn.training: self._new.append(learn.loss.detach())
+        if time.perf_counter() >= self._next: self._draw(learn)
+
+    def after_epoch(self, learn):
+        if self._view is None: return
+        self._look()
+        if 'valid_loss' in learn.record: self._valid.append((len(self._losses), learn.record['valid_loss']))
+        self._view.row(learn.record)
+
+    def cleanup_epoch(self, learn):
+        if self._view is not None: self._view.close()
+
+    def cleanup_fit(self, learn):
+        if self._view is not None: self._view.end(self._losses, self._valid if self.plot else None)
+        self._view = None
+
+    def _look(self):
+        if self._new: self._losses += torch.stack(self._new).tolist()
+        self._new = []
+
+    def _draw(self, learn):
+        self._look()
+        loss = f'loss {self._losses[-1]:.4f}' if self._losses else ''
+        rate = f'lr {float(learn.opt.param_groups[0]["lr"]):.3g}' if learn.will_train else ''
+        self._view.draw(f'epoch {learn.epoch}/{learn.epochs}', self._done, self._total, f'{loss} {rate}', self._losses)
+        if self.plot: self._view.curve(self._losses, self._valid)
+        self._next = time.perf_counter() + self.every
 
 # %% ../nbs/06_callbacks.ipynb #dcff2088
 @contextmanager
@@ -867,6 +866,7 @@ class EarlyStoppingCB(Callback):
     def _forget(self): self.best, self.best_epoch, self.wait, self._weights = None, None, 0, None
 
     def before_epoch(self, learn):
+        if not learn.will_train: return
         if learn.epoch == 1 and not learn.batches_done: self._forget() # a new fit, and not one that goes on
         if self.wait >= self.patience: raise CancelFit
 

@@ -294,7 +294,8 @@ def test_a_terminal_gets_a_bar_that_goes_away():
     assert status == 0, said
     lines = [line for line in screen(said) if line]
     assert len(lines) == 4 and lines[3].split()[0] == '2', lines
-    assert re.search(r'epoch 1/2 +\d+%\|.*\| \d+/15 \d\d:\d\d, loss \d\.\d{4} lr 0\.1 [▁-█]+', said), said
+    bars = re.findall(r'epoch 1/2 +\d+%\|.*?\| \d+/15 \d\d:\d\d, loss \d\.\d{4} lr 0\.1 [▁-█]+', said)
+    assert bars and {len(bar) for bar in bars} <= {79, 80}, said                  # as wide as the terminal
 
 
 def test_a_redraw_comes_at_most_twice_a_second():
