@@ -1,7 +1,8 @@
-"""What `fit` costs over a bare loop: `benchmarks/.venv/bin/python benchmarks/overhead.py`, after `run.py` has made the environment.
+"""What `fit` and `get_dls` cost: `benchmarks/.venv/bin/python benchmarks/overhead.py`, after `run.py` has made the environment.
 
 The same network of `torch.nn`, loader, optimiser and validation pass, through miniai's `fit` and through a plain loop, one epoch each in
-turn within one process, in random order. Prints the median ratio with its spread; at most 1.05 is the aim.
+turn within one process, in random order. Prints the median ratio with its spread; at most 1.05 is the aim. Then the loaders that `get_dls`
+makes for datasets without batches (`num_workers=`) against PyTorch's, an epoch of 10,000 rows each in turn; at most 1.03 is the aim.
 """
 import job as common  # first: it sets the process to one thread
 
@@ -15,6 +16,7 @@ from statistics import median, quantiles
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from miniai.training import SGD, Dataset, fit, get_dls
 
@@ -38,6 +40,36 @@ def loop(model, loss_func, opt, train_dl, valid_dl):
     return loss.item() / n, right.item() / n
 
 
+def compare(what, one, other, turns):
+    "Print by how much `one` takes longer than `other`; each, called with a seed, returns its seconds, clock and processor"
+    took, draw = [], random.Random(0)
+    for func in one, other: func(0)  # warm up
+    for i in range(turns):
+        pair = {func: func(i) for func in draw.sample([one, other], 2)}
+        took.append([a / b for a, b in zip(pair[one], pair[other])])
+    for name, ratios in zip(('clock', 'processor time'), zip(*took)):
+        low, _, high = quantiles(ratios, n=4)
+        print(f'{what} by {name}: median {median(ratios):.3f}, half of {turns} pairs from {low:.3f} to {high:.3f}')
+
+
+def loaders(x, y, bs, turns):
+    "The loaders of `get_dls` for datasets of items, with and without workers, against PyTorch's own"
+    rows = TensorDataset(x[:10_000], y[:10_000])
+
+    def seconds(make):
+        def run(seed):
+            torch.manual_seed(seed)
+            start, cpu = time.perf_counter(), common.cpu_seconds()
+            for _ in make(): pass
+            return time.perf_counter() - start, common.cpu_seconds() - cpu
+        return run
+
+    for k in 0, 2:
+        ours = seconds(lambda k=k: get_dls(rows, rows, bs, num_workers=k)[0])
+        theirs = seconds(lambda k=k: DataLoader(rows, bs, shuffle=True, num_workers=k))
+        compare(f"get_dls with num_workers={k} / PyTorch's DataLoader", ours, theirs, turns)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--pairs', type=int, default=30, help='epochs of each (default: 30)')
@@ -58,16 +90,18 @@ def main():
         else: scores = loop(model, loss_func, opt, *dls)
         return time.perf_counter() - start, time.process_time() - cpu, scores
 
-    for way in 'fit', 'loop': one(way, 0)  # warm up
-    clock, cpu, draw = [], [], random.Random(0)
-    for i in range(args.pairs):
-        took = {way: one(way, i) for way in draw.sample(['fit', 'loop'], 2)}
-        assert all(abs(a - b) < 1e-4 for a, b in zip(took['fit'][2], took['loop'][2])), f'not the same work: {took}'
-        clock.append(took['fit'][0] / took['loop'][0])
-        cpu.append(took['fit'][1] / took['loop'][1])
-    for name, ratios in ('clock', clock), ('processor time', cpu):
-        low, _, high = quantiles(ratios, n=4)
-        print(f'fit / plain loop by {name}: median {median(ratios):.3f}, half of {len(ratios)} pairs from {low:.3f} to {high:.3f}')
+    scores = {}
+
+    def timed(way):
+        def run(seed):
+            clock, cpu, scores[way, seed] = one(way, seed)
+            other = scores.get(('loop' if way == 'fit' else 'fit', seed), scores[way, seed])
+            assert all(abs(a - b) < 1e-4 for a, b in zip(scores[way, seed], other)), f'not the same work: {scores}'
+            return clock, cpu
+        return run
+
+    compare('fit / plain loop', timed('fit'), timed('loop'), args.pairs)
+    loaders(x, y, job.bs, args.pairs)
 
 
 if __name__ == '__main__': main()

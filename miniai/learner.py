@@ -8,7 +8,6 @@ __all__ = ['PHASES', 'EVENTS', 'CancelFit', 'CancelEpoch', 'CancelBatch', 'Cance
 
 # %% ../nbs/05_learner.ipynb #cfa0457b
 import difflib
-import math
 import operator
 import random
 import time
@@ -19,7 +18,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from .training import SGD, _check_grads, _check_loss_func
+from .training import SGD, _check_grads, _check_loss_func, _mean_loss
 
 # %% ../nbs/05_learner.ipynb #f3b25df7
 PHASES = 'fit', 'epoch', 'train', 'validate', 'batch', 'predict', 'get_loss', 'backward', 'step', 'zero_grad'
@@ -40,10 +39,11 @@ class Callback:
     An event is `before_`, `after_` or `cleanup_` and one of `PHASES`. `cleanup_` comes whatever happened, an error included."""
     order = 0              # smaller numbers are called first, and in `cleanup_` events last
     shows_progress = False # True if it tells a person how the fit goes, in place of the learner's line an epoch
+    needed = False         # True if a rehearsal, such as a search for a learning rate, is none without it
 
     def __init_subclass__(cls):
         for name in vars(cls):
-            if name in EVENTS or not callable(getattr(cls, name)): continue
+            if name in EVENTS or name.startswith('_') or not callable(getattr(cls, name)): continue
             near = difflib.get_close_matches(name, EVENTS, 1, .8)
             if near or name.split('_')[0] in ('before', 'after', 'cleanup', 'on'):
                 hint = f'did you mean {near[0]}?' if near else f'an event is before_, after_ or cleanup_ and one of {", ".join(PHASES)}'
@@ -59,6 +59,54 @@ class Callback:
         "Take over a saved state"
 
     def __repr__(self): return type(self).__name__
+
+# %% ../nbs/05_learner.ipynb #b7f76cde
+def _in_order(cbs)->list:
+    "Callbacks as they are called, those of the smallest `order` first"
+    for cb in cbs:
+        if not isinstance(cb, Callback): raise TypeError(f'Learner: cbs holds {cb!r}, needs objects of a subclass of Callback')
+    return sorted(cbs, key=lambda cb: cb.order)
+
+
+def _listeners(cbs)->dict:
+    "For each phase the calls `(callback, event, method)` before, after and at its cleanup"
+    at = lambda event: [(cb, event, call) for cb in cbs if (call := getattr(cb, event, None))]
+    return {phase: tuple(at(f'{when}_{phase}') for when in ('before', 'after', 'cleanup')) for phase in (*PHASES, 'update')}
+
+
+class _Events:
+    "Phases with callbacks around them: the learner's machinery, apart from what it is used for"
+    _calls = None # while a fit runs, what `_listeners` found
+
+    def _phase(self, name, work):
+        "`before_`, the work, `after_`, and `cleanup_` whatever happens"
+        before, after, cleanup = self._calls[name]
+        try:
+            if before: self._call(before)
+            work()
+            if after: self._call(after)
+        except _CANCELS.get(name, ()): pass
+        except Exception as e:
+            self._note(e, f'Learner.{name}')
+            raise
+        finally:
+            if cleanup: self._cleanup(cleanup)
+
+    def _call(self, calls):
+        for cb, event, call in calls:
+            try: call(self)
+            except Exception as e:
+                self._note(e, f'{type(cb).__name__}.{event}')
+                raise
+
+    def _cleanup(self, calls):
+        "All of them, last one first, also if one fails"
+        with ExitStack() as stack:
+            for c in calls: stack.callback(self._call, [c])
+
+    def _note(self, e, who):
+        "Tell where an error came from, once"
+        if not isinstance(e, tuple(_CANCELS.values())) and not hasattr(e, '__notes__'): e.add_note(f'in {who}, {self.where()}')
 
 # %% ../nbs/05_learner.ipynb #9cc33ce2
 def random_state(
@@ -100,50 +148,6 @@ def _generators(dls):
             g = getattr(owner, 'generator', None)
             if isinstance(g, torch.Generator) and not any(g is f for f in found): found.append(g)
     return found
-
-# %% ../nbs/05_learner.ipynb #6968e8e3
-def _listeners(cbs)->dict:
-    "For each phase the calls `(callback, event, method)` before, after and at its cleanup, in order"
-    for cb in cbs:
-        if not isinstance(cb, Callback): raise TypeError(f'Learner: cbs holds {cb!r}, needs objects of a subclass of Callback')
-    cbs = sorted(cbs, key=lambda cb: cb.order)
-    at = lambda event: [(cb, event, getattr(cb, event)) for cb in cbs if hasattr(cb, event)]
-    return {phase: tuple(at(f'{when}_{phase}') for when in ('before', 'after', 'cleanup')) for phase in (*PHASES, 'update')}
-
-
-class _Events:
-    "Phases with callbacks around them: the learner's machinery, apart from what it is used for"
-    _calls = None # while a fit runs, what `_listeners` found
-
-    def _phase(self, name, work):
-        "`before_`, the work, `after_`, and `cleanup_` whatever happens"
-        before, after, cleanup = self._calls[name]
-        try:
-            if before: self._call(before)
-            work()
-            if after: self._call(after)
-        except _CANCELS.get(name, ()): pass
-        except Exception as e:
-            self._note(e, f'Learner.{name}')
-            raise
-        finally:
-            if cleanup: self._cleanup(cleanup)
-
-    def _call(self, calls):
-        for cb, event, call in calls:
-            try: call(self)
-            except Exception as e:
-                self._note(e, f'{type(cb).__name__}.{event}')
-                raise
-
-    def _cleanup(self, calls):
-        "All of them, last one first, also if one fails"
-        with ExitStack() as stack:
-            for c in calls: stack.callback(self._call, [c])
-
-    def _note(self, e, who):
-        "Tell where an error came from, once"
-        if not isinstance(e, tuple(_CANCELS.values())) and not hasattr(e, '__notes__'): e.add_note(f'in {who}, {self.where()}')
 
 # %% ../nbs/05_learner.ipynb #0c46fd6a
 class Summary(str):
@@ -196,10 +200,12 @@ class _Looks:
         scores = []
         with self._judging():
             for xb in x.split(bs):
-                self.batch = xb,
+                self.batch = xb.to(self._device()),
                 self.predict()
                 scores.append(self.preds)
         return torch.cat(scores)
+
+    def _device(self): return next((p.device for p in self.model.parameters()), None)
 
     def _first(self, dl):
         "The first batch of a loader, without moving any random generator"
@@ -215,7 +221,8 @@ class _Looks:
             found.append((name, type(layer).__name__, tuple(out.shape), sum(p.numel() for p in layer.parameters(recurse=False)),
                           _multiply_adds(layer, out)//self.rows()))
         with self._judging(), ExitStack() as hooks:
-            self.batch = self._first(self.dls[0])
+            xb, yb = self._first(self.dls[0])
+            self.batch = xb.to(self._device()), yb
             for name, m in self.model.named_modules():
                 if not list(m.children()) or list(m.parameters(recurse=False)):
                     hooks.callback(m.register_forward_hook(partial(look, name)).remove)
@@ -262,7 +269,7 @@ class Learner(_Events, _Looks):
         self.model, self.loss_func, self.opt_func, self.lr, self.cbs = model, loss_func, opt_func, lr, list(cbs)
         self.opt = self.batch = self.preds = self.loss = self._resume = self._replay = None
         self.epoch = self.epochs = self.epochs_done = self.batches_done = self.batch_idx = self.steps = 0
-        self.training, self.will_train, self.record, self.records = False, False, {}, []
+        self.training, self.will_train, self.progress, self.record, self.records, self.running_cbs = False, False, True, {}, [], []
 
     # ---- the five steps
 
@@ -344,18 +351,18 @@ class Learner(_Events, _Looks):
                 raise ValueError(f'Learner: {name} has no batch; is its dataset empty, or drop_last on with few rows?')
         if train and dls[0] is None or not train and dls[1] is None: raise ValueError('Learner: there is no loader to go through')
         _check_loss_func(self.loss_func)
-        cbs = [*self.cbs, *cbs]
+        self.running_cbs = _in_order([*self.cbs, *cbs])
         self.train_dl, self.valid_dl = dls
         self.epochs, self.will_train, self.records, self.epochs_done, self.batches_done, self._replay = epochs, train, [], 0, 0, None
-        self._progress = progress and not any(cb.shows_progress for cb in cbs)
+        self.epoch, self.batch_idx, self.progress = 0, 0, progress
         modes = [(m, m.training) for m in self.model.modules()]
         try:
-            self._calls = _listeners(cbs)
+            self._calls = _listeners(self.running_cbs)
             self._phase('fit', self._fit)
         finally:
             for m, mode in modes: m.training = mode
             self._calls = self.batch = self.preds = self.loss = None # a forward pass is not kept longer than its step
-            self.train_dl, self.valid_dl, self.training, self.will_train = *self.dls, False, False
+            self.train_dl, self.valid_dl, self.training, self.will_train, self.running_cbs = *self.dls, False, False, []
         return self.records
 
     def _fit(self):
@@ -374,7 +381,8 @@ class Learner(_Events, _Looks):
         self.record['seconds'] = time.perf_counter() - start
         self.records.append(self.record)
         self.epochs_done, self.batches_done = self.epoch, 0
-        if self._progress: print(', '.join(_words(*item) for item in self.record.items()))
+        if self.progress and not any(cb.shows_progress for cb in self.running_cbs):
+            print(', '.join(_words(*item) for item in self.record.items()))
 
     def _pass(self):
         "Once through the loader"
@@ -385,7 +393,9 @@ class Learner(_Events, _Looks):
             for self.batch_idx, self.batch in batches:
                 if self.training: self.batches_done = self.batch_idx + 1
                 self._phase('batch', self._batch)
-        self.record['train_loss' if self.training else 'valid_loss'] = self._mean_loss()
+        if not self._losses: raise ValueError(f'Learner: no batch went through in {self.where()}; a generator can be run through only once')
+        loss = _mean_loss(self._losses, self._rows, 'Learner', f'epoch {self.epoch}, {self._kind()} batch')
+        self.record['train_loss' if self.training else 'valid_loss'] = loss
 
     def _batches(self):
         "The batches of the pass, numbered; a resumed one is drawn again and passed over up to where it stopped"
@@ -415,18 +425,9 @@ class Learner(_Events, _Looks):
         self.steps += 1
         self._phase('zero_grad', self.zero_grad)
 
-    def _mean_loss(self):
-        "Of the pass, each row counting alike; looked at once, as a look at every batch would wait for the device"
-        if not self._losses: raise ValueError(f'Learner: no batch went through in {self.where()}; a generator can be run through only once')
-        losses = torch.stack(self._losses).tolist()
-        for i, l in enumerate(losses):
-            if not math.isfinite(l):
-                raise FloatingPointError(f'Learner: the loss became {l} in epoch {self.epoch}, {self._kind()} batch {i} (counted from 0); '
-                                         'try a smaller learning rate, or look for bad values in that batch')
-        return sum(l*k for l, k in zip(losses, self._rows))/sum(self._rows)
-
     def where(self)->str:
         "Where the fit is, in words"
+        if not self.epoch: return 'before the first epoch'
         return f'epoch {self.epoch}, {self._kind()} batch {self.batch_idx} (counted from 0)'
 
     def _kind(self): return 'training' if self.training else 'validation'
@@ -437,9 +438,10 @@ class Learner(_Events, _Looks):
         "Where the running fit stands, and every random generator: to be asked in `after_batch` of a training batch or in `after_epoch`"
         random = random_state(self.dls)
         begun = self.batches_done > 0
-        losses, rows, before = (torch.stack(self._losses), [*self._rows], self._random_before) if begun else (torch.empty(0), [], random)
+        losses, rows, before = (self._losses, [*self._rows], self._random_before) if begun else ([], [], random)
         return {'epochs': self.epochs, 'epochs_done': self.epochs_done, 'batches_done': self.batches_done, 'steps': self.steps,
-                'records': [*self.records], 'losses': losses, 'rows': rows, 'random': random, 'random_before': before}
+                'records': [*self.records], 'losses': torch.stack(losses) if losses else torch.empty(0), 'rows': rows,
+                'random': random, 'random_before': before}
 
     def load_state_dict(self,
         state_dict:dict, # from `state_dict()`

@@ -43,7 +43,7 @@ def _column(input, target):
     if target.shape != input.shape[:1]:
         raise ValueError(f'target must be of shape {tuple(input.shape[:1])}, one label for each row of input {tuple(input.shape)}, '
                          f'got {tuple(target.shape)}')
-    return target.long()[:, None]
+    return target.long().unsqueeze(1)
 
 def _pick(values, column):
     "In each row of `values` `(n,c)` the number that its label points to, `(n,1)`"
@@ -89,12 +89,12 @@ class CrossEntropyLoss(Module):
         score = _pick(x, column)
         probs = x.exp_()
         total = probs.sum(1, keepdim=True)
-        out = getattr(total.log() - score, self.reduction)()
-        if input.requires_grad: out.probs = probs.div_(total)
+        losses = total.log().sub_(score)
+        out = losses.mean() if self.reduction == 'mean' else losses.sum()
+        if input.requires_grad: out.kept = probs.div_(total), column
         return out
 
     def bwd(self, grad, out, input, target):
-        probs, out.probs = out.probs, None
-        column = target.long()[:, None]
-        probs.scatter_add_(1, column, probs.new_full(column.shape, -1))
-        return probs.mul_(grad/len(input) if self.reduction == 'mean' else grad), None
+        (probs, column), out.kept = out.kept, None
+        probs.scatter_(1, column, -1, reduce='add')
+        return probs.mul_(grad/input.shape[0] if self.reduction == 'mean' else grad), None

@@ -9,6 +9,7 @@ __all__ = ['accumulate', 'Module', 'Linear', 'ReLU', 'Flatten', 'MSELoss', 'Sequ
 import heapq
 import itertools
 import math
+import operator
 import threading
 from collections import OrderedDict, deque, namedtuple
 from functools import partial
@@ -28,7 +29,7 @@ def accumulate(
 
 # %% ../nbs/02_module.ipynb #54686271
 _Keys = namedtuple('_Keys', 'missing_keys unexpected_keys')
-_order = itertools.count()
+_order, _version = itertools.count(), operator.attrgetter('_version')
 
 
 class _Made:
@@ -36,18 +37,13 @@ class _Made:
     def __init__(self, layer, inputs, out, params):
         if not isinstance(out, Tensor): raise TypeError(f'{layer}: forward must return one tensor, got {type(out).__name__}')
         self.layer, self.inputs, self.out, self.params, self.order = layer, inputs, out, params, next(_order)
-        self.seen = [(t, t._version) for t in (*inputs, *params, out) if isinstance(t, Tensor)]
+        self.seen = [t for t in (out, *inputs, *params) if isinstance(t, Tensor)]
+        self.versions = [*map(_version, self.seen)]
 
     def bwd(self, grad):
-        "Run the layer's `bwd`, once, and forget the forward pass: for each input, the input and its gradient or `None`"
+        "Run the layer's `bwd`, once, and forget the forward pass: a gradient for each input that asks for one, `None` for the others"
         layer, inputs, out = self.layer, self.inputs, self.out
-        if inputs is None:
-            raise RuntimeError(f'{layer}: a second backward through one forward pass, whose memory the first backward freed. '
-                               'Run the forward pass again, or add the losses and call backward() once')
-        for t, version in self.seen:
-            if t._version != version:
-                raise RuntimeError(f'{layer}: a tensor of shape {tuple(t.shape)} that its backward needs was changed in place after '
-                                   'the forward pass. Write to a clone, or call backward() first')
+        if inputs is None or [*map(_version, self.seen)] != self.versions: self.refuse()
         if grad is None: grad = torch.ones_like(out)
         if grad.shape != out.shape: raise RuntimeError(f'{layer}: the gradient is {tuple(grad.shape)}, the output {tuple(out.shape)}')
         self.inputs = self.out = self.seen = None
@@ -55,18 +51,35 @@ class _Made:
         grads = layer.bwd(grad, out, *inputs)
         if grad._version != version: raise RuntimeError(f'{layer}: bwd changed the gradient it was given in place; others may need it')
         if not isinstance(grads, (tuple, list)): grads = grads,
+        self.look_at_params({id(grad), *map(id, grads)})
+        return self.wanted(inputs, iter(grads))
+
+    def look_at_params(self, passed_on):
+        "Each parameter must have got a gradient, and one of its own: none of those `passed_on` (ids) to others"
         for p in self.params:
-            if p.grad is None and p.requires_grad:
-                raise RuntimeError(f'{layer}: bwd added nothing to .grad of its parameter of shape {tuple(p.shape)}')
-            if p.grad is not None and any([p.grad is g for g in (grad, *grads)]): p.grad = p.grad.clone() # one of its own
+            if (g := p.grad) is not None:
+                if id(g) in passed_on: p.grad = g.clone()
+            elif p.requires_grad: raise RuntimeError(f'{self.layer}: bwd added nothing to .grad of its parameter of shape {tuple(p.shape)}')
+
+    def wanted(self, inputs, grads):
+        "Of the gradients that the layer's `bwd` returned those that inputs ask for, and `None` for the other inputs"
         wanted = []
-        for i, t in enumerate(inputs):
-            asks = isinstance(t, Tensor) and t.requires_grad
-            g = grads[i] if asks and i < len(grads) else None
-            if asks and (g is None or g.shape != t.shape):
-                raise RuntimeError(f'{layer}: bwd must return a gradient of shape {tuple(t.shape)} for input {i}')
-            wanted.append((t, g))
+        for t in inputs:
+            g = next(grads, None)
+            if not isinstance(t, Tensor) or not t.requires_grad: g = None
+            elif g is None or g.shape != t.shape:
+                raise RuntimeError(f'{self.layer}: bwd must return a gradient of shape {tuple(t.shape)} for input {len(wanted)}')
+            wanted.append(g)
         return wanted
+
+    def refuse(self):
+        "Say why there can be no backward"
+        if self.inputs is None:
+            raise RuntimeError(f'{self.layer}: a second backward through one forward pass, whose memory the first backward freed. '
+                               'Run the forward pass again, or add the losses and call backward() once')
+        changed = next(t for t, version in zip(self.seen, self.versions) if t._version != version)
+        raise RuntimeError(f'{self.layer}: a tensor of shape {tuple(changed.shape)} that its backward needs was changed in place after '
+                           'the forward pass. Write to a clone, or call backward() first')
 
     def backward(self,
         gradient:Tensor|None=None, # of what follows the loss, 0-d; 1 if left out
@@ -81,24 +94,20 @@ class _Made:
         raise RuntimeError(f"{self.layer}: its output remembers the forward pass and can't be copied or saved as it is: use .detach()")
 
 
-@torch.no_grad()
 def _walk_back(arrived):
     "From gradients that have arrived at outputs, pairs of a `_Made` and a gradient, to the parameters: the latest layer first"
     grads, latest = {}, []
-
-    def arrive(made, grad):
-        if made in grads: grads[made] = grads[made] + grad
-        else:
-            grads[made] = grad
-            heapq.heappush(latest, (-made.order, made))
-
-    while arrived: arrive(*arrived.pop())
-    while latest:
-        made = heapq.heappop(latest)[1]
-        for t, grad in made.bwd(grads.pop(made)):
-            if grad is None: continue
-            if (before := getattr(t, '_made', None)) is not None: arrive(before, grad)
-            else: accumulate(t, grad.clone())
+    with torch.no_grad():
+        while arrived or latest:
+            while arrived:
+                made, grad = arrived.pop()
+                if made not in grads: heapq.heappush(latest, (-made.order, made))
+                grads[made] = grads[made] + grad if made in grads else grad
+            made = heapq.heappop(latest)[1]
+            for t, grad in zip(made.inputs or (), made.bwd(grads.pop(made))):
+                if grad is None: continue
+                if (before := getattr(t, '_made', None)) is not None: arrived.append((before, grad))
+                else: accumulate(t, grad.clone())
 
 # %% ../nbs/02_module.ipynb #adc63212
 class _Here(threading.local): task = arrived = None
@@ -130,7 +139,7 @@ class _AutogradNode(torch.autograd.Function):
         params = ctx.made.params
         kept = [p.grad for p in params]
         for p in params: p.grad = None # what `bwd` adds goes to autograd, which alone knows whether .grad is to be filled
-        try: return None, None, None, *(g for _, g in ctx.made.bwd(grad)), *(p.grad for p in params)
+        try: return None, None, None, *ctx.made.bwd(grad), *(p.grad for p in params)
         finally:
             for p, g in zip(params, kept): p.grad = g
 
@@ -170,16 +179,17 @@ class Module:
 
     def _record(self, inputs):
         "`forward` without autograd, and an output that remembers how it was made if anything behind it asks for a gradient"
-        asking, params = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad], self._asking()
-        for t in inputs:
-            parts = t.values() if isinstance(t, dict) else t if isinstance(t, (list, tuple)) else ()
-            if any([isinstance(p, Tensor) and p.requires_grad for p in parts]):
-                raise TypeError(f'{self}: an input is a {type(t).__name__} of tensors that want gradients; hand them over one by one')
-        hooked = any([t._backward_hooks or t._post_accumulate_grad_hooks for t in params])
-        if hooked or any([t.grad_fn is not None or t._backward_hooks for t in asking]):
-            return _AutogradNode.apply(self, inputs, params, *inputs, *params)
-        with torch.no_grad(): out = self.forward(*inputs)
-        if not asking and not params: return out
+        params, asking, autograd = self._asking(), False, False
+        for t in (*inputs, *params):
+            if not isinstance(t, Tensor): self._refuse_parts(t)
+            elif t.requires_grad:
+                asking = True
+                if t.grad_fn is not None or t._backward_hooks or t._post_accumulate_grad_hooks and not hasattr(t, '_made'): autograd = True
+        if autograd: return _AutogradNode.apply(self, inputs, params, *inputs, *params)
+        torch.set_grad_enabled(False) # as `with torch.no_grad()` does, at half its price
+        try: out = self.forward(*inputs)
+        finally: torch.set_grad_enabled(True)
+        if not asking: return out
         made = _Made(self, inputs, out, params)
         out = out.detach().requires_grad_()
         out._made = made
@@ -187,10 +197,21 @@ class Module:
         if out.ndim == 0: out.backward = made.backward
         return out
 
+    def _refuse_parts(self, value):
+        "Tensors inside an input are not looked at, so they may not ask for gradients"
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        if any(isinstance(p, Tensor) and p.requires_grad for p in parts):
+            raise TypeError(f'{self}: an input is a {type(value).__name__} of tensors that want gradients; hand them over one by one')
+
     def _asking(self):
-        values = vars(self).values()
-        if any([isinstance(v, (list, tuple, dict, Module, nn.Module)) for v in values]): values = self.parameters()
-        return [p for p in values if isinstance(p, Tensor) and isinstance(p, nn.Parameter) and p.requires_grad]
+        "The parameters that ask for a gradient: a layer's own, unless it holds a list, dict or module, which may hold some, too"
+        params = []
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                if isinstance(value, nn.Parameter) and value.requires_grad: params.append(value)
+            elif isinstance(value, (list, tuple, dict, Module, nn.Module)) and name != '_forward_hooks':
+                return [p for p in self.parameters() if p.requires_grad]
+        return params
 
     def forward(self, *inputs):
         "From the inputs to the output: every layer and net writes its own"
@@ -339,8 +360,8 @@ class Linear(Module):
         return out if self.bias is None else out.add_(self.bias)
 
     def bwd(self, grad, out, x):
-        rows = grad.reshape(-1, self.out_features)
-        if self.weight.requires_grad: accumulate(self.weight, rows.T @ x.reshape(-1, self.in_features))
+        rows, x_rows = (grad, x) if x.ndim == 2 else (grad.reshape(-1, self.out_features), x.reshape(-1, self.in_features))
+        if self.weight.requires_grad: accumulate(self.weight, rows.T @ x_rows)
         if self.bias is not None and self.bias.requires_grad: accumulate(self.bias, rows.sum(0))
         return grad @ self.weight if x.requires_grad else None
 

@@ -14,6 +14,7 @@ from collections import namedtuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader as ItemLoader
 
 # %% ../nbs/04_minibatch_training.ipynb #fa62ba41
 def accuracy(
@@ -24,11 +25,11 @@ def accuracy(
     if out.ndim != 2 or yb.shape != out.shape[:1] or not len(yb):
         raise ValueError(f'accuracy: scores {tuple(out.shape)} and labels {tuple(yb.shape)}, needs (n,c) and (n,) with n at least 1')
     if yb.is_floating_point(): raise ValueError(f'accuracy: labels are {yb.dtype}, needs integers; convert them with .long()')
-    low, high = yb.min().item(), yb.max().item()
+    low, high = (label.item() for label in yb.aminmax())
     if low < 0 or high >= out.shape[1]:
         raise ValueError(f'accuracy: labels run from {low} to {high}, but {out.shape[1]} columns of scores allow 0 to {out.shape[1] - 1}')
-    if (bad := out.isnan().any(1)).any():
-        raise ValueError(f'accuracy: scores are NaN, first in row {bad.int().argmax().item()}; look for the step that made them')
+    if (bad := out.isnan()).any():
+        raise ValueError(f'accuracy: scores are NaN, first in row {bad.nonzero()[0, 0].item()}; look for the step that made them')
     return (out.argmax(1) == yb).float().mean()
 
 # %% ../nbs/04_minibatch_training.ipynb #8e318d33
@@ -59,12 +60,12 @@ class SGD:
             raise ValueError(f'SGD: of {len(every)} parameters none requires a gradient, so a step would change nothing')
         if len(set(every)) < len(every): raise ValueError('SGD: a parameter is given twice, and would be moved twice a step')
 
-    @torch.no_grad()
     def step(self):
         "Move each parameter that has a gradient against it"
-        for g in self.param_groups:
-            for p in g['params']:
-                if p.grad is not None: p.add_(p.grad, alpha=-g['lr'])
+        with torch.no_grad():
+            for g in self.param_groups:
+                for p in g['params']:
+                    if p.grad is not None: p.add_(p.grad, alpha=-g['lr'])
 
     def zero_grad(self,
         set_to_none:bool=True, # drop the gradients; False: put zeros in their place
@@ -224,9 +225,12 @@ def get_dls(
     valid_ds,  # rows to judge by
     bs:int=64, # rows a training batch; validation batches are twice as large, as they keep nothing for a backward pass
     generator:torch.Generator|None=None, # where the training orders come from; None: the global seed
+    num_workers:int|None=None, # None: datasets give a batch, `ds[tensor]`; a number: one item, `ds[int]`, and so many processes fetch them
 )->tuple:      # training loader, shuffled anew each epoch, and validation loader, in order
-    "The two loaders that `fit` asks for"
-    return DataLoader(train_ds, bs, shuffle=True, generator=generator), DataLoader(valid_ds, 2*bs)
+    "The two loaders that `fit` asks for: ours, or with `num_workers` PyTorch's, which stacks items"
+    if num_workers is None: return DataLoader(train_ds, bs, shuffle=True, generator=generator), DataLoader(valid_ds, 2*bs)
+    train_dl = ItemLoader(train_ds, bs, shuffle=True, generator=generator, num_workers=num_workers)
+    return train_dl, ItemLoader(valid_ds, 2*bs, num_workers=num_workers)
 
 # %% ../nbs/04_minibatch_training.ipynb #6c443464
 Record = namedtuple('Record', 'epoch train_loss valid_loss valid_accuracy seconds')
@@ -269,17 +273,22 @@ def fit(
                 losses.append(loss.detach())
                 sizes.append(len(yb))
         if not losses: raise ValueError(f'fit: train_dl gave no batch in epoch {epoch}; a generator can be run through only once')
-        losses = torch.stack(losses).tolist()
-        for i, l in enumerate(losses):
-            if not math.isfinite(l):
-                raise FloatingPointError(f'fit: the loss became {l} in epoch {epoch} at batch {i} (counted from 0); try a smaller '
-                                         'learning rate, or look for bad values in that batch')
-        train_loss = sum(l * k for l, k in zip(losses, sizes)) / sum(sizes)
+        train_loss = _mean_loss(losses, sizes, 'fit', f'epoch {epoch} at batch')
         valid_loss, score = evaluate(model, loss_func, valid_dl, metric)
         records.append(make_record(epoch, train_loss, valid_loss, score, time.perf_counter() - start))
         if after_epoch is not None: after_epoch(records[-1])
         if progress: print(_line(records[-1]))
     return records
+
+
+def _mean_loss(losses, sizes, who, batch)->float:
+    "Mean over all rows of the batches' 0-d losses, which are looked at here, once; `FloatingPointError` names the first not finite"
+    losses = torch.stack(losses).tolist()
+    for i, l in enumerate(losses):
+        if not math.isfinite(l):
+            raise FloatingPointError(f'{who}: the loss became {l} in {batch} {i} (counted from 0); try a smaller learning rate, '
+                                     'or look for bad values in that batch')
+    return sum(l * k for l, k in zip(losses, sizes)) / sum(sizes)
 
 
 def _record_type(metric):

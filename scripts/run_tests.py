@@ -4,6 +4,7 @@
     python scripts/run_tests.py                     everything
     python scripts/run_tests.py --only 00 04        the notebooks whose names begin so, solutions too; no tests
     python scripts/run_tests.py --only 00 --chapters    the same without solutions
+    python scripts/run_tests.py --only 08 --slow    with the long trainings, cells flagged `#| slow`, which are left out otherwise
 
 nbdev_test alone counts nothing, has no time-out, and is content when no notebook matches; so each notebook gets an
 nbdev_test process of its own, and only one that was seen to start, to complete and to run code counts as passed.
@@ -124,13 +125,13 @@ def usage(message):
     return 2
 
 
-def cells(path):
+def cells(path, slow):
     "How many code cells nbdev_test will run, and how many it will leave out"
     from fastcore.basics import str2bool
     from nbdev.config import get_config
     from nbdev.frontmatter import FrontmatterProc
     from nbdev.process import NBProcessor
-    flags = set(get_config().tst_flags.split())
+    flags = set(get_config().tst_flags.split()) - ({'slow'} if slow else set())
     nb = NBProcessor(path, procs=FrontmatterProc, process=True).nb
     code = [c for c in nb.cells if c.cell_type == 'code' and c.source.strip()]
     if str2bool(getattr(nb, 'frontmatter_', {}).get('skip_exec', False)): return 0, len(code)
@@ -141,15 +142,15 @@ def cells(path):
     return len(code) - left_out, left_out
 
 
-def run_notebooks(paths, env, jobs, timeout, results):
+def run_notebooks(paths, env, jobs, timeout, results, slow=False):
     nbdev_test = Path(sys.executable).parent / 'nbdev_test'
     if not nbdev_test.exists(): sys.exit(usage(f'{nbdev_test} is missing: run `sh scripts/setup.sh dev`'))
-    todo, running, counts = list(paths), {}, {p: cells(p) for p in paths}
+    todo, running, counts = list(paths), {}, {p: cells(p, slow) for p in paths}
     width = max(len(str(p.relative_to(nbs))) for p in paths)
     while todo or running:
         while todo and len(running) < jobs:
             p = todo.pop(0)
-            running[p] = Child([nbdev_test, '--path', p, '--do_print'], env, timeout)
+            running[p] = Child([nbdev_test, '--path', p, '--do_print', *(['--flags', 'slow'] if slow else [])], env, timeout)
         for p, c in list(running.items()):
             if not c.done(): continue
             del running[p]
@@ -194,6 +195,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', nargs='+', metavar='NN', help='only the notebooks whose names begin so, and no tests')
     parser.add_argument('--chapters', action='store_true', help='no solutions, no tests')
+    parser.add_argument('--slow', action='store_true', help='cells flagged `#| slow` too; some take minutes')
     parser.add_argument('--jobs', type=int, default=min(2, os.cpu_count() or 1), help='notebooks at a time (%(default)s)')
     parser.add_argument('--timeout', type=float, default=600, metavar='S', help='seconds for each notebook (%(default)g)')
     args = parser.parse_args()
@@ -201,7 +203,7 @@ def main():
     paths = notebooks(args.only, args.chapters)
     env = {**os.environ, **quiet}
     data, results, start = choose_data(env), {'passed': [], 'failed': [], 'skipped': []}, time.monotonic()
-    if paths: run_notebooks(paths, env, args.jobs, args.timeout, results)
+    if paths: run_notebooks(paths, env, args.jobs, args.timeout, results, args.slow)
     else: print(f'no notebooks in {nbs}')
     if not (args.only or args.chapters): run_pytest(env, 3 * args.timeout, results)
     print(f'{time.monotonic() - start:.0f} s in all')

@@ -1,0 +1,17 @@
+"the same with callbacks: accuracy, progress with a bar and a table, and a record of every batch"
+import sys
+
+sys.path.insert(0, f'{sys.path[0]}/..')
+from functools import partial
+
+from learner import setup
+
+from job import run
+
+
+def callbacks():
+    from miniai.callbacks import Accuracy, MetricsCB, ProgressCB, RecorderCB
+    return [MetricsCB(Accuracy()), ProgressCB(), RecorderCB()]
+
+
+if __name__ == '__main__': run(partial(setup, callbacks=callbacks), ['torch'])
