@@ -567,7 +567,7 @@ class ProgressCB(Callback):
         self._view = None
 
     def before_fit(self, learn):
-        self._view = _STYLES[self.style or _style()]() if getattr(learn, 'progress', learn.train_dl is not None) else None
+        self._view = _STYLES[self.style or _style()]() if learn.progress else None
         self._live = self._view is not None and self._view.live
         self._new, self._losses, self._valid, self._next = [], [], [], 0.
 
@@ -649,7 +649,7 @@ def rehearse(
     epochs:int=1, # at most
 ):                # `cb`
     "Train with `cb` and the callbacks that training can't do without, and put everything back, whatever happens"
-    needed = [c for c in learn.cbs if getattr(c, 'needed', False)]
+    needed = [c for c in learn.cbs if c.needed]
     kept, grads = dict(vars(learn)), [(p, p.grad) for p in learn.model.parameters()]
     states = [(c, copy.deepcopy(c.state_dict())) for c in needed]
     try:
@@ -1006,6 +1006,8 @@ class MixedPrecisionCB(Callback):
         self._type = next(learn.model.parameters()).device.type
         self._dtype = self.dtype or (torch.float16 if self._type == 'cuda' else torch.bfloat16)
         if self._dtype == torch.float16 and self.scaler is None: self.scaler = torch.amp.GradScaler(self._type)
+
+    def before_epoch(self, learn):
         if self.scaler is not None and self._saved: self.scaler.load_state_dict(self._saved)
         self._saved = None
 
@@ -1058,8 +1060,8 @@ class TensorBoardCB(Callback):
             raise ImportError(f'TensorBoardCB: {e}; install the package with: pip install "miniai[tensorboard]"') from None
         self._make, self._writer, self._new, self._count, self._purge = partial(SummaryWriter, str(log_dir)), None, [], 0, None
 
-    def before_fit(self, learn):
-        if learn.will_train: self._writer, self._purge = self._make(purge_step=self._purge), None
+    def before_epoch(self, learn):
+        if learn.will_train and self._writer is None: self._writer, self._purge = self._make(purge_step=self._purge), None
 
     def after_batch(self, learn):
         if not learn.training: return
