@@ -483,8 +483,10 @@ def _begin(saves, args):
     write_files(saves, {'arguments.json': json.dumps(args).encode()})
 
 def _go_on(out, saves, kept):
-    "Say where the run stopped"
-    from miniai.checkpoints import newest_checkpoint, read_checkpoint
+    "Clean up after a process that was killed, and say where the run stopped"
+    from miniai.checkpoints import _lock, newest_checkpoint, read_checkpoint
+    with _lock(saves):
+        for litter in out.glob('.*.part'): litter.unlink()
     try: path = _lines(lambda: newest_checkpoint(saves))
     except ValueError as e: raise _Stop(str(e)) from None
     kept += [r['epoch'] for r in _metrics(out)['epochs']]
