@@ -92,7 +92,8 @@ def test_same_arguments_same_bytes_and_two_engines(tmp_path):
     ('--lr 0', '--lr'), ('--lr=-0.1', '--lr'), ('--lr nan', '--lr'), ('--lr inf', '--lr'), ('--hidden 0', '--hidden'),
     ('--hidden 99999999', '--hidden'), ('--seed -1', '--seed'), ('--seed 99999999999999999999', '--seed'), ('--threads 0', '--threads'),
     ('--data cifar', "'cifar'"), ('--engine jax', "'jax'"), ('--epoch 3', '--epoch'), ('digits', 'digits'), ('--out', '--out'),
-    ('--data fashion_mnist --sample', 'no sample|sample of mnist only'), ('--out old', 'not empty'), ('--out old/file', 'is a file'),
+    ('--data fashion_mnist --sample', 'no sample|sample of mnist only'),
+    ('--resume --overwrite', 'which one'), ('--out old', 'not empty'), ('--out old/file', 'is a file'),
     ('--out old/file --overwrite', 'is a file')])
 def test_wrong_arguments(tmp_path, args, words):
     (tmp_path/'old').mkdir()
@@ -113,7 +114,7 @@ def test_help_and_version(tmp_path):
         done = run(name, '--help', cwd=tmp_path)
         assert done.returncode == 0 and done.stdout.startswith(f'usage: {name}')
     help = ' '.join(train('-h', cwd=tmp_path).stdout.split())
-    for option in 'data sample epochs bs lr hidden engine seed threads out overwrite version'.split(): assert f'--{option}' in help
+    for option in 'data sample epochs bs lr hidden engine seed threads out overwrite resume version'.split(): assert f'--{option}' in help
     assert help.count('(default: ') == 9
     done = subprocess.run([sys.executable, '-c', 'import sys, miniai.cli; print("torch" in sys.modules, "matplotlib" in sys.modules)'],
                           env=ENV, capture_output=True, text=True)
@@ -196,8 +197,9 @@ def test_ctrl_c(tmp_path, ignored):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     done = len(json.loads((run/'metrics.json').read_text())['epochs'])
-    assert process.returncode == 130 and err == f'miniai_train: interrupted: epoch {done} is kept in runs/mnist-1\n'
-    assert sorted(f.name for f in run.iterdir()) == ['metrics.json', 'weights.safetensors']
+    go_on = 'miniai_train --resume --out runs/mnist-1'
+    assert process.returncode == 130 and err == f'miniai_train: interrupted: epoch {done} is kept in runs/mnist-1; to go on: {go_on}\n'
+    assert sorted(f.name for f in run.iterdir()) == ['checkpoints', 'metrics.json', 'weights.safetensors']
     assert predict(run/'weights.safetensors', 'none.png', cwd=tmp_path).stderr.endswith('no such file\n')
 
 
@@ -208,6 +210,7 @@ def test_ctrl_c_early(tmp_path, delay):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.count('\n') == 1 and 'interrupted' in err, err
+    assert list(tmp_path.rglob('*')) in ([], [tmp_path/'runs']) or 'to go on: miniai_train --resume' in err
 
 
 def test_kill_leaves_whole_files(tmp_path):
@@ -221,6 +224,57 @@ def test_kill_leaves_whole_files(tmp_path):
         assert state['0.weight'].shape == (200, 784) and len(metrics['epochs']) >= 1
     done = train(*QUICK, '--out', 'run0', '--overwrite', cwd=tmp_path)
     assert done.returncode == 0
+
+
+def without_seconds(folder):
+    metrics = json.loads((folder/'metrics.json').read_text())
+    for record in metrics['epochs']: del record['seconds']
+    return metrics
+
+
+@pytest.mark.parametrize('engine', ['ours', 'torch'])
+def test_killed_and_resumed(tmp_path, engine):
+    "Killed twice and interrupted once, a run ends with the bytes of one that nobody disturbed"
+    args = '--sample', '--epochs', 30, '--hidden', 20, '--bs', 100, '--engine', engine
+    whole = train(*args, '--out', 'whole', cwd=tmp_path)
+    assert whole.returncode == 0
+    run = tmp_path/'runs/mnist-1'
+    lives = (args, signal.SIGKILL), (('--resume',), signal.SIGINT), (('--resume', '--seed', 42), signal.SIGKILL)
+    for k, (first, sig) in enumerate(lives):
+        process = subprocess.Popen(command('miniai_train', *first), cwd=tmp_path, env=ENV, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
+        for line in process.stdout:
+            if line.startswith('epoch'): break
+        time.sleep(.01*k)
+        process.send_signal(sig)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == (130 if sig == signal.SIGINT else -sig), err
+        if first != args: assert 'going on' not in err
+    assert (run/'checkpoints').exists()
+    one_line(train('--resume', '--lr', .3, cwd=tmp_path), 2, '--lr is 0.3', 'was begun with 0.5')
+    done = train('--resume', cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith('going on in runs/mnist-1, where '), done.stderr
+    for name in 'weights.safetensors', 'report.png': assert (run/name).read_bytes() == (tmp_path/'whole'/name).read_bytes()
+    assert without_seconds(run) == without_seconds(tmp_path/'whole')
+    assert sorted(f.name for f in run.iterdir()) == ['metrics.json', 'report.png', 'weights.safetensors']
+    done = train('--resume', '--out', run, cwd=tmp_path)
+    assert done.returncode == 0 and 'is finished: test accuracy 0.' in done.stdout
+
+
+def test_nothing_to_resume(tmp_path):
+    one_line(train('--resume', cwd=tmp_path), 1, 'no unfinished run in runs/')
+    one_line(train('--resume', '--out', 'none', cwd=tmp_path), 1, 'none holds no run')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_at_once(tmp_path):
+    first = start(tmp_path, '--out', 'run')
+    wait_for(tmp_path/'run/checkpoints/checkpoint-000001', first)
+    one_line(train('--resume', '--out', 'run', cwd=tmp_path), 1, 'in use by another run', f'process {first.pid}')
+    one_line(train(*QUICK, '--out', 'run', '--overwrite', cwd=tmp_path), 1, 'in use by another run')
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=60)
+    assert first.returncode == 130
 
 
 def test_output_cut_off(tmp_path):
