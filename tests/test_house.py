@@ -159,6 +159,7 @@ def test_imports_point_to_lower_numbers_by_name(nb):
 def test_exports_need_runtime_requirements_only(nb):
     allowed = {'pillow': 'PIL'}
     needed = {allowed.get(n := re.split('[<>=]', w)[0].lower(), n) for w in settings['requirements'].split()}
+    needed.add('IPython')   # by ProgressCB, and only where a notebook has it running already
     for source in exported(nb):
         for module, _ in imports(source):
             top = module.split('.')[0]
