@@ -491,13 +491,15 @@ class _Terminal(_Lines):
         self.bar.set_postfix_str(f'{text} {sparks}')
 
     def row(self, record):
-        self.close()
+        self._wipe()
         super().row(record)
 
-    def close(self):
-        if self.bar is None: return
-        self.bar.refresh() # what Ctrl-C may have cut short: the bar must know how much it has to wipe out
-        self.bar.close()
+    def close(self): # and a bar is still there: something has gone wrong
+        if self.bar is not None: self.bar.refresh() # what Ctrl-C may have cut short: the bar must know how much it has to wipe out
+        self._wipe()
+
+    def _wipe(self):
+        if self.bar is not None: self.bar.close()
         self.bar = None
 
 
@@ -1091,5 +1093,6 @@ class TensorBoardCB(Callback):
     def state_dict(self): return {'new': self._look(), 'count': self._count}
 
     def load_state_dict(self, state_dict):
-        self._new, self._count = [(torch.tensor(loss), lr) for loss, lr in state_dict['new']], state_dict['count']
+        self._count = state_dict['count']
+        self._new = [(torch.tensor(loss, dtype=torch.float64), lr) for loss, lr in state_dict['new']]
         self._purge = self._count - len(self._new)
