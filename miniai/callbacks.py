@@ -491,13 +491,15 @@ class _Terminal(_Lines):
         self.bar.set_postfix_str(f'{text} {sparks}')
 
     def row(self, record):
-        self.close()
+        self._wipe()
         super().row(record)
 
-    def close(self):
-        if self.bar is None: return
-        self.bar.refresh() # what Ctrl-C may have cut short: the bar must know how much it has to wipe out
-        self.bar.close()
+    def close(self): # and a bar is still there: something has gone wrong
+        if self.bar is not None: self.bar.refresh() # what Ctrl-C may have cut short: the bar must know how much it has to wipe out
+        self._wipe()
+
+    def _wipe(self):
+        if self.bar is not None: self.bar.close()
         self.bar = None
 
 
@@ -808,7 +810,9 @@ class AccumulateCB(Callback):
         self._params = [p for g in learn.opt.param_groups for p in g['params']]
         if not learn.batches_done: self._count, self._rows, self._loaded = 0, 0, [None]*len(self._params) # a cancelled epoch's are dropped
         if self._loaded is not None:
-            for p, grad in zip(self._params, self._loaded, strict=True): p.grad = None if grad is None else grad.to(p.device)
+            if len(self._loaded) != len(self._params):
+                raise ValueError(f'AccumulateCB: the state holds {len(self._loaded)} gradients, the optimiser moves {len(self._params)}')
+            for p, grad in zip(self._params, self._loaded): p.grad = None if grad is None else grad.to(p.device)
         self._loaded = None
 
     def before_backward(self, learn):
@@ -891,7 +895,7 @@ class EarlyStoppingCB(Callback):
     @torch.no_grad()
     def cleanup_fit(self, learn):
         if not learn.will_train or self._weights is None: return
-        for t, best in zip(_tensors(learn.model), self._weights, strict=True): t.copy_(best)
+        for t, best in zip(_tensors(learn.model), self._weights): t.copy_(best)
 
     def state_dict(self): return {'best': self.best, 'best_epoch': self.best_epoch, 'wait': self.wait, 'weights': self._weights}
 
@@ -918,7 +922,7 @@ class EMACB(Callback):
     def after_step(self, learn):
         self.steps += 1
         rate = (1 - self.decay)/(1 - self.decay**self.steps)
-        for a, t in zip(self.averages, _tensors(learn.model), strict=True):
+        for a, t in zip(self.averages, _tensors(learn.model)):
             if a.is_floating_point(): a.lerp_(t, rate)
             else: a.copy_(t)
 
@@ -1091,5 +1095,6 @@ class TensorBoardCB(Callback):
     def state_dict(self): return {'new': self._look(), 'count': self._count}
 
     def load_state_dict(self, state_dict):
-        self._new, self._count = [(torch.tensor(loss), lr) for loss, lr in state_dict['new']], state_dict['count']
+        self._count = state_dict['count']
+        self._new = [(torch.tensor(loss, dtype=torch.float64), lr) for loss, lr in state_dict['new']]
         self._purge = self._count - len(self._new)
