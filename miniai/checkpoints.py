@@ -201,7 +201,7 @@ def save_checkpoint(
     state = {'learner': at, 'optimiser': {'class': type(opt).__name__, 'state': opt.state_dict()},
              'gradients': [p.grad for p in learn.model.parameters()],
              'callbacks': {name: cb.state_dict() for name, cb in _callbacks(learn).items()}, 'loaders': _loaders(learn)}
-    weights = {k: t.detach().cpu().contiguous().clone() for k, t in learn.model.state_dict().items()}
+    weights = {k: t.cpu().contiguous().clone() for k, t in learn.model.state_dict().items()}
     about = {'made_by': f'miniai {__version__}, torch {torch.__version__}'} | {k: at[k] for k in ('epochs_done', 'batches_done', 'steps')}
     _write_checkpoint(path, weights, state, about)
     return Path(path)

@@ -491,7 +491,7 @@ def _go_on(out, saves, kept):
     except ValueError as e: raise _Stop(str(e)) from None
     kept += [r['epoch'] for r in _metrics(out)['epochs']]
     at = read_checkpoint(path)[2] if path else {'epochs_done': 0, 'batches_done': 0}
-    print(f'going on in {out}, where {at["epochs_done"]} epochs and {at["batches_done"]} batches are done')
+    print(f'going on in {out}; epochs done: {at["epochs_done"]}, batches of the next: {at["batches_done"]}')
 
 @contextmanager
 def _threads(n):

@@ -97,7 +97,7 @@ class SlowFile:
             self.file.write(data[i:i + PORTION])
             self.file.flush()
             self.note(f'save {before + min(i + PORTION, len(data))} {self.path.name} {len(data)}')
-            time.sleep(.0002)
+            time.sleep(.0004)
 
 
 def train(folder, engine, seed, slow):

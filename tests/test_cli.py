@@ -253,7 +253,7 @@ def test_killed_and_resumed(tmp_path, engine):
     assert (run/'checkpoints').exists()
     one_line(train('--resume', '--lr', .3, cwd=tmp_path), 2, '--lr is 0.3', 'was begun with 0.5')
     done = train('--resume', cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.startswith('going on in runs/mnist-1, where '), done.stderr
+    assert done.returncode == 0 and done.stdout.startswith('going on in runs/mnist-1; epochs done: '), done.stderr
     for name in 'weights.safetensors', 'report.png': assert (run/name).read_bytes() == (tmp_path/'whole'/name).read_bytes()
     assert without_seconds(run) == without_seconds(tmp_path/'whole')
     assert sorted(f.name for f in run.iterdir()) == ['metrics.json', 'report.png', 'weights.safetensors']
