@@ -116,7 +116,7 @@ def random_state(
     kind, keys, *rest = np.random.get_state()
     state = {'torch': torch.get_rng_state(), 'numpy': [kind, torch.from_numpy(keys.astype(np.int64)), *rest], 'python': random.getstate(),
              'loaders': [g.get_state() for g in _generators(dls)]}
-    if torch.cuda.is_available() and torch.cuda.is_initialized(): state['cuda'] = torch.cuda.get_rng_state_all()
+    if torch.cuda.is_initialized(): state['cuda'] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available(): state['mps'] = torch.mps.get_rng_state()
     return state
 
