@@ -453,28 +453,6 @@ def _old_run(out, typed):
     return argparse.Namespace(**old, out=out, resume=True)
 
 # %% ../nbs/80_command_line.ipynb #309ccf5a
-def _train(args, typed):
-    if args.resume and (args := _old_run(args.out, typed)) is None: return
-    new, kept = not args.resume and (args.out is None or not os.path.exists(args.out)), []
-    try: out = args.out if args.resume else run_folder(args.out, args.data, args.overwrite)
-    except FileExistsError as e: raise _Stop(str(e), 2) from None
-    saves = out/'checkpoints'
-    try:
-        _train_into(out, saves, args, kept)
-        return
-    except KeyboardInterrupt: why, status = 'interrupted', 130
-    except FloatingPointError as e:
-        why, status = str(e), 1
-        shutil.rmtree(saves, ignore_errors=True)
-    except OSError as e: why, status = str(e), 1
-    finally:
-        with suppress(OSError):
-            if new: out.rmdir()  # if it is empty
-    said = f'epoch {kept[-1]} is kept in {out}' if kept else 'no epoch was finished'
-    if any(saves.glob('checkpoint-*')): said += f'; to go on: miniai_train --resume --out {shlex.quote(str(out))}'
-    elif not kept: said += ', nothing was saved'
-    raise _Stop(f'{why}: {said}', status)
-
 def _begin(saves, args):
     "Make the folder for checkpoints, without any of an earlier run, and write down how this one was begun"
     from miniai.checkpoints import _lock, write_files
@@ -493,6 +471,20 @@ def _go_on(out, saves, kept):
     at = read_checkpoint(path)[2] if path else {'epochs_done': 0, 'batches_done': 0}
     print(f'going on in {out}; epochs done: {at["epochs_done"]}, batches of the next: {at["batches_done"]}')
 
+def _finish(out, info, net, records, test):
+    "Judge the net by the test rows, draw the run, and save it as finished"
+    from miniai.training import accuracy
+    probs = probabilities(net, test.x)
+    info |= {'epochs': [r._asdict() for r in records], 'test_accuracy': round(accuracy(probs, test.y).item(), 6)}
+    line = f'test accuracy {info["test_accuracy"]:.4f} on {len(probs):,} test images' + ' of the sample'*(info['used'] == 'sample')
+    print(line)
+    picture = io.BytesIO()
+    fig = draw_run(records, *test, probs, _CLASSES[info['data']], f'{info["data"]} ({info["used"]}): {line}')
+    fig.savefig(picture, format='png', metadata={'Software': None})
+    save_run(out, net, info, picture.getvalue())
+    print(f'saved in {out}: weights.safetensors, metrics.json, report.png')
+
+# %% ../nbs/80_command_line.ipynb #34a89675
 @contextmanager
 def _threads(n):
     import torch
@@ -539,18 +531,27 @@ def _train_into(out, saves, args, kept):
         raise
     shutil.rmtree(saves)
 
-def _finish(out, info, net, records, test):
-    "Judge the net by the test rows, draw the run, and save it as finished"
-    from miniai.training import accuracy
-    probs = probabilities(net, test.x)
-    info |= {'epochs': [r._asdict() for r in records], 'test_accuracy': round(accuracy(probs, test.y).item(), 6)}
-    line = f'test accuracy {info["test_accuracy"]:.4f} on {len(probs):,} test images' + ' of the sample'*(info['used'] == 'sample')
-    print(line)
-    picture = io.BytesIO()
-    fig = draw_run(records, *test, probs, _CLASSES[info['data']], f'{info["data"]} ({info["used"]}): {line}')
-    fig.savefig(picture, format='png', metadata={'Software': None})
-    save_run(out, net, info, picture.getvalue())
-    print(f'saved in {out}: weights.safetensors, metrics.json, report.png')
+def _train(args, typed):
+    if args.resume and (args := _old_run(args.out, typed)) is None: return
+    new, kept = not args.resume and (args.out is None or not os.path.exists(args.out)), []
+    try: out = args.out if args.resume else run_folder(args.out, args.data, args.overwrite)
+    except FileExistsError as e: raise _Stop(str(e), 2) from None
+    saves = out/'checkpoints'
+    try:
+        _train_into(out, saves, args, kept)
+        return
+    except KeyboardInterrupt: why, status = 'interrupted', 130
+    except FloatingPointError as e:
+        why, status = str(e), 1
+        shutil.rmtree(saves, ignore_errors=True)
+    except OSError as e: why, status = str(e), 1
+    finally:
+        with suppress(OSError):
+            if new: out.rmdir()  # if it is empty
+    said = f'epoch {kept[-1]} is kept in {out}' if kept else 'no epoch was finished'
+    if any(saves.glob('checkpoint-*')): said += f'; to go on: miniai_train --resume --out {shlex.quote(str(out))}'
+    elif not kept: said += ', nothing was saved'
+    raise _Stop(f'{why}: {said}', status)
 
 def miniai_train(
     argv:list|None=None, # the arguments, strings; None: those of this process
