@@ -160,9 +160,8 @@ def read_checkpoint(
 # %% ../nbs/07_checkpoints.ipynb #bd2a9ae3
 def _callbacks(learn)->dict:
     "Callbacks by name: those of the running fit, else the learner's own; a second one of the same class is called `EMACB 2`"
-    running = [cb for calls in (learn._calls or {}).values() for when in calls for cb, *_ in when]
     names = {}
-    for cb in {id(cb): cb for cb in running or sorted(learn.cbs, key=lambda cb: cb.order)}.values():
+    for cb in learn.running_cbs or sorted(learn.cbs, key=lambda cb: cb.order):
         name = type(cb).__name__
         k = sum(n.split()[0] == name for n in names) + 1
         names[name if k == 1 else f'{name} {k}'] = cb

@@ -26,7 +26,7 @@ EVENTS = tuple(f'{when}_{phase}' for phase in PHASES for when in ('before', 'aft
 
 
 class CancelFit(Exception): "Raise it in a callback to end the fit: no later epoch, and `after_fit` is left out"
-class CancelEpoch(Exception): "Raise it in a callback to end the epoch at once, its validation and its record included"
+class CancelEpoch(Exception): "Raise it in a callback to end the epoch at once: no validation, and no record of it"
 class CancelBatch(Exception): "Raise it in a callback to leave out what is left of the batch"
 class CancelStep(Exception): "Raise it in `before_step` to keep the gradients: no step, no `zero_grad`, and the next batch adds to them"
 
@@ -36,10 +36,11 @@ _CANCELS = {'fit': CancelFit, 'epoch': CancelEpoch, 'batch': CancelBatch, 'updat
 class Callback:
     """Something that happens at chosen moments of a fit: a subclass has methods named after events, each called with the learner.
 
-    An event is `before_`, `after_` or `cleanup_` and one of `PHASES`. `cleanup_` comes whatever happened, an error included."""
+    An event is `before_`, `after_` or `cleanup_` and one of `PHASES`. `cleanup_` comes whatever
+    happened, an error included, even one before this callback's own `before_`: it must not rely on that."""
     order = 0              # smaller numbers are called first, and in `cleanup_` events last
     shows_progress = False # True if it tells a person how the fit goes, in place of the learner's line an epoch
-    needed = False         # True if a rehearsal, such as a search for a learning rate, is none without it
+    needed = False         # True if a trial run, such as a search for a learning rate, must keep it
 
     def __init_subclass__(cls):
         for name in vars(cls):
@@ -111,7 +112,7 @@ class _Events:
 # %% ../nbs/05_learner.ipynb #9cc33ce2
 def random_state(
     dls=(), # loaders; the generators of their own are included
-)->dict:    # tensors, lists and numbers only, so that it can be saved without pickle
+)->dict:    # tensors, lists, tuples, strings and numbers only, so that it can be saved without pickle
     "The state of every random generator that a run may draw from: torch on each device in use, NumPy, Python, the loaders"
     kind, keys, *rest = np.random.get_state()
     state = {'torch': torch.get_rng_state(), 'numpy': [kind, torch.from_numpy(keys.astype(np.int64)), *rest], 'python': random.getstate(),
