@@ -850,7 +850,7 @@ class AccumulateCB(Callback):
 # %% ../nbs/06_callbacks.ipynb #81b3ddeb
 class EarlyStoppingCB(Callback):
     "Ends the fit when a number of the record has not become better for some epochs"
-    order = 200
+    order = 2000
     def __init__(self,
         monitor:str='valid_loss',  # key of the record
         patience:int=3,            # so many epochs in a row without improvement are too many, 1 or more
