@@ -111,8 +111,8 @@ def test_our_optimisers(tmp_path):
 @pytest.mark.parametrize('every', [1, 4])
 def test_callbacks_with_a_memory(tmp_path, every):
     callbacks = pytest.importorskip('miniai.callbacks')
-    make = {'accumulate': lambda: callbacks.AccumulateCB(2), 'clip': lambda: callbacks.GradClipCB(.5),
-            'average': lambda: callbacks.EMACB(.9), 'record': callbacks.RecorderCB, 'measure': lambda: callbacks.MetricsCB(callbacks.Accuracy(), train=True),
+    make = {'accumulate': lambda: callbacks.AccumulateCB(2), 'clip': lambda: callbacks.GradClipCB(.5), 'record': callbacks.RecorderCB,
+            'average': lambda: callbacks.EMACB(.9), 'measure': lambda: callbacks.MetricsCB(callbacks.Accuracy(), train=True),
             'stop': lambda: callbacks.EarlyStoppingCB(patience=1, min_delta=.2, restore_best=True)}
     for name, cb in make.items(): same_end(tmp_path/name, with_buffers, own_generator, momentum, lambda cb=cb: (cb(),), every=every)
     again = same_end(tmp_path/'all', with_buffers, own_generator, momentum, lambda: [cb() for cb in make.values()], every=every)
