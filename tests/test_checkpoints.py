@@ -108,12 +108,28 @@ def test_our_optimisers(tmp_path):
     for name in 'Momentum', 'RMSprop', 'Adam', 'AdamW': same_end(tmp_path/name, ours, own_generator, getattr(optim, name), every=1)
 
 
-def test_callbacks_of_chapter_06(tmp_path):
+@pytest.mark.parametrize('every', [1, 4])
+def test_callbacks_with_a_memory(tmp_path, every):
     callbacks = pytest.importorskip('miniai.callbacks')
-    makers = {'AccumulateCB': lambda: callbacks.AccumulateCB(2), 'EMACB': lambda: callbacks.EMACB(.9),
-              'RecorderCB': callbacks.RecorderCB, 'GradClipCB': lambda: callbacks.GradClipCB(.5)}
+    make = {'accumulate': lambda: callbacks.AccumulateCB(2), 'clip': lambda: callbacks.GradClipCB(.5), 'record': callbacks.RecorderCB,
+            'average': lambda: callbacks.EMACB(.9), 'measure': lambda: callbacks.MetricsCB(callbacks.Accuracy(), train=True),
+            'stop': lambda: callbacks.EarlyStoppingCB(patience=1, min_delta=.2, restore_best=True)}
+    for name, cb in make.items(): same_end(tmp_path/name, with_buffers, own_generator, momentum, lambda cb=cb: (cb(),), every=every)
+    again = same_end(tmp_path/'all', with_buffers, own_generator, momentum, lambda: [cb() for cb in make.values()], every=every)
+    assert any(isinstance(cb, callbacks.RecorderCB) for cb in again.cbs)
+
+
+@pytest.mark.parametrize('every', [1, None])
+def test_schedules(tmp_path, every):
+    optim = pytest.importorskip('miniai.optim')
+    makers = {'ours': lambda opt, steps: optim.OneCycleLR(opt, .1, steps),
+              'theirs': lambda opt, steps: torch.optim.lr_scheduler.OneCycleLR(opt, .1, steps)}
     for name, make in makers.items():
-        if hasattr(callbacks, name): same_end(tmp_path/name, ours, own_generator, momentum, lambda make=make: (make(),), every=1)
+        for opt_func in torch.optim.Adam, momentum:
+            folder = tmp_path/f'{name}-{opt_func.__name__}'
+            same_end(folder, ours, own_generator, opt_func, lambda make=make: (optim.SchedulerCB(make),), every=every)
+    plateau = lambda opt, steps: optim.ReduceLROnPlateau(opt, patience=0, threshold=1.)
+    same_end(tmp_path/'plateau', ours, own_generator, momentum, lambda: (optim.SchedulerCB(plateau, each='epoch'),), every=every)
 
 
 def test_weights_file_is_usable_alone(tmp_path):
