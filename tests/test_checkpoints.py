@@ -219,6 +219,16 @@ def test_early_end_and_extension(tmp_path):
         learner(ours, own_generator, SGD, 2, [CheckpointCB(tmp_path/'run', resume=True)]).fit(2, progress=False)
 
 
+def test_the_epoch_that_stops_a_run_early_is_saved(tmp_path):
+    callbacks = pytest.importorskip('miniai.callbacks')
+    make = lambda seed: learner(ours, own_generator, SGD, seed, [callbacks.EarlyStoppingCB(patience=1, min_delta=10.),
+                                                                 CheckpointCB(tmp_path/'run', resume=True)])
+    records = make(1).fit(5, progress=False)
+    assert len(records) == 2 and read_checkpoint(newest_checkpoint(tmp_path/'run'))[2]['epochs_done'] == 2
+    again = make(2)
+    assert again.fit(5, progress=False) == records and again.steps > 0   # nothing is left to do
+
+
 def test_load_needs_no_fit_and_keeps_the_generators(tmp_path):
     learn = learner(ours, own_generator, SGD, 1)
     learn.fit(1, progress=False)
