@@ -245,7 +245,7 @@ class Adam(Optimizer):
 
     def __init__(self,
         params,               # tensors, or dicts with `params` and words of their own: one dict a group
-        lr:float=1e-3,        # learning rate: about how far an entry moves a step, at most
+        lr:float=1e-3,        # learning rate: about how far an entry moves a step
         betas:tuple[float, float]=(.9, .999), # how much of the two running means is kept a step, each at least 0 and below 1
         eps:float=1e-8,       # added to the root, so that nothing is divided by 0
         weight_decay:float=0, # this times the parameter is added to its gradient
@@ -286,7 +286,7 @@ class AdamW(Adam):
     "Adam with weight decay that acts on the parameter and not through its gradient: the twin of `torch.optim.AdamW`"
     def __init__(self,
         params,                  # tensors, or dicts with `params` and words of their own: one dict a group
-        lr:float=1e-3,           # learning rate: about how far an entry moves a step, at most
+        lr:float=1e-3,           # learning rate: about how far an entry moves a step
         betas:tuple[float, float]=(.9, .999), # how much of the two running means is kept a step, each at least 0 and below 1
         eps:float=1e-8,          # added to the root, so that nothing is divided by 0
         weight_decay:float=1e-2, # a step multiplies the parameter by `1 - lr*weight_decay`
