@@ -326,7 +326,7 @@ class RecorderCB(Callback):
     "Keeps every training batch's loss, learning rates and momenta, and each epoch's validation loss; draws them, writes them to a file"
     order = 10
     def __init__(self,
-        path=None, # a file for one JSON object a line; None: no file
+        path=None, # a file for one JSON object a line, begun anew unless a checkpoint is resumed; None: no file
     ):
         self.path = None if path is None else Path(path)
         self.losses, self.batches, self.valid = [], [], [] # floats; (epoch, batch, [lr], [momentum]); (batches so far, loss)
@@ -746,7 +746,8 @@ class OverfitBatchCB(_Rehearsal):
     ): self.steps, self.tol = steps, tol
 
     def before_train(self, learn):
-        batch = next(iter(learn.dl))
+        batch = next(iter(learn.dl), None)
+        if batch is None: raise ValueError('OverfitBatchCB: the loader gave no batch')
         learn.dl = [batch]*self.steps
         self._losses = []
 
@@ -884,7 +885,7 @@ class EarlyStoppingCB(Callback):
         if self.monitor not in learn.record:
             raise KeyError(f'EarlyStoppingCB: no {self.monitor} in the record, there are {", ".join(learn.record)}')
         value = learn.record[self.monitor]
-        if self.best is None or self.sign*(self.best - value) > self.min_delta:
+        if self.best is None or math.isnan(self.best) or self.sign*(self.best - value) > self.min_delta:
             self.best, self.best_epoch, self.wait = value, learn.epoch, 0
             if self.restore_best: self._weights = [t.detach().clone() for t in _tensors(learn.model)]
         else: self.wait += 1

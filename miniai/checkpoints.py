@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import warnings
+import weakref
 from pathlib import Path
 
 import torch
@@ -231,7 +232,7 @@ def list_checkpoints(
     folder:str|Path, # of a run; it may be missing
 )->list:             # of paths
     "The checkpoints in a folder, `checkpoint-000001` and so on, oldest first"
-    found = [p for p in Path(folder).glob('checkpoint-*') if re.fullmatch(r'checkpoint-\d+', p.name)]
+    found = [p for p in Path(folder).glob('checkpoint-*') if re.fullmatch(r'checkpoint-\d+', p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name.split('-')[1]))
 
 
@@ -281,6 +282,10 @@ def resume(
 Learner.resume = resume
 
 # %% ../nbs/07_checkpoints.ipynb #20ede474
+_held = weakref.WeakSet() # locks: a forked child, such as a loader's worker, inherits them, and would hold them longer than we live
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: [file.close() for file in [*_held]])
+
+
 def _lock(folder):
     "Take a folder, which is made if need be, until the returned file is closed or the process dies; `BlockingIOError` if it is taken"
     folder.mkdir(parents=True, exist_ok=True)
@@ -290,6 +295,7 @@ def _lock(folder):
     except BlockingIOError:
         file.seek(0)
         with file: raise BlockingIOError(f'CheckpointCB: {folder} is in use by another run, in process {file.read()}') from None
+    _held.add(file)
     file.truncate(0)
     print(os.getpid(), end='', file=file, flush=True)
     return file
@@ -299,8 +305,9 @@ class CheckpointCB(Callback):
     """Saves the run as it goes, in numbered checkpoints, and goes on from the newest one.
 
     Ctrl-C in the main thread ends the fit after the running batch, with a checkpoint; a second one at once. `OSError` if a checkpoint
-    can't be written: the last good one stays. The end of the last epoch is always saved. The last of all callbacks, as it saves what the
-    others have done."""
+    can't be written, `FloatingPointError` if weights or losses are not finite: the last good one stays. The end of the last epoch is always
+    saved, that of a fit which a callback ends early only if it falls on `every`. The last of all callbacks but those that end fits, as it
+    saves what the others have done; give it and them to the learner, as callbacks of a fit that had ended are not refilled."""
     order = 1000
 
     def __init__(self,
@@ -351,6 +358,10 @@ class CheckpointCB(Callback):
 
     def _save(self, learn):
         "One more, then away with the oldest; and the end, if Ctrl-C was pressed"
+        looked = [*learn.model.state_dict().values(), *(learn._losses if learn.batches_done else ())]
+        if not all(t.isfinite().all() for t in looked):
+            raise FloatingPointError('CheckpointCB: weights or losses are not finite, and nobody could go on from there; what was saved '
+                                     f'in {self.folder} before stays')
         old = list_checkpoints(self.folder)
         path = self.folder/f'checkpoint-{int(old[-1].name.split("-")[1]) + 1 if old else 1:06}'
         try:

@@ -433,8 +433,9 @@ _RECIPE = 'epochs', 'bs', 'lr', 'hidden', 'engine', 'seed'
 
 def _metrics(out):
     "What `metrics.json` in `out` holds; as of a run without an epoch if there is none"
-    try: return json.loads((out/'metrics.json').read_bytes())
-    except (OSError, ValueError): return {'epochs': [], 'test_accuracy': None}
+    try: found = json.loads((out/'metrics.json').read_bytes())
+    except (OSError, ValueError): found = None
+    return found if isinstance(found, dict) and {'epochs', 'test_accuracy'} <= found.keys() else {'epochs': [], 'test_accuracy': None}
 
 def _old_run(out, typed):
     "For `--resume`: the arguments of the run in `out`, else of the last one begun in runs/; None, after a line, if it is finished"
@@ -447,6 +448,7 @@ def _old_run(out, typed):
         print(f'the run in {out} is finished: test accuracy {accuracy:.4f}')
         return None
     except ValueError as e: raise _Stop(f'{out}/checkpoints/arguments.json is damaged ({e})') from None
+    if not isinstance(old, dict) or not old: raise _Stop(f'{out}/checkpoints/arguments.json is damaged')
     for name, value in typed.items():
         if old.get(name, value) != value:
             raise _Stop(f'--{name} is {value}, and the run in {out} was begun with {old[name]}: leave it out, or begin another run', 2)

@@ -27,7 +27,7 @@ EVENTS = tuple(f'{when}_{phase}' for phase in PHASES for when in ('before', 'aft
 
 class CancelFit(Exception): "Raise it in a callback to end the fit: no later epoch, and `after_fit` is left out"
 class CancelEpoch(Exception): "Raise it in a callback to end the epoch at once: no validation, and no record of it"
-class CancelBatch(Exception): "Raise it in a callback to leave out what is left of the batch"
+class CancelBatch(Exception): "Raise it in a callback to leave out what is left of the batch; gradients that are there already stay"
 class CancelStep(Exception): "Raise it in `before_step` to keep the gradients: no step, no `zero_grad`, and the next batch adds to them"
 
 _CANCELS = {'fit': CancelFit, 'epoch': CancelEpoch, 'batch': CancelBatch, 'update': CancelStep}
@@ -66,6 +66,8 @@ def _in_order(cbs)->list:
     "Callbacks as they are called, those of the smallest `order` first"
     for cb in cbs:
         if not isinstance(cb, Callback): raise TypeError(f'Learner: cbs holds {cb!r}, needs objects of a subclass of Callback')
+    twice = {type(cb).__name__ for i, cb in enumerate(cbs) if any(cb is c for c in cbs[:i])}
+    if twice: raise ValueError(f'Learner: the same {", ".join(sorted(twice))} is given twice, to the learner and the fit; leave one out')
     return sorted(cbs, key=lambda cb: cb.order)
 
 
@@ -317,7 +319,8 @@ class Learner(_Events, _Looks):
         progress:bool=True, # print a line an epoch, if no callback shows how it goes
     )->list:             # a dict an epoch: epoch, train_loss, valid_loss, what callbacks add, seconds
         "Train, or go on training, with the optimiser as the last fit left it; `ValueError` if nothing could be learned"
-        if epochs < 0: raise ValueError(f'Learner.fit: epochs is {epochs}, needs 0 or more')
+        if not isinstance(epochs, int) or epochs < 0:
+            raise ValueError(f'Learner.fit: epochs is {epochs!r}, needs a whole number, 0 or more')
         if train and not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError('Learner.fit: no parameter of the model requires a gradient, so nothing can be trained')
         if train: self.create_opt(lr).zero_grad()
@@ -327,10 +330,14 @@ class Learner(_Events, _Looks):
         lr:float|None=None, # learning rate of every group from now on; None: as it is
     ):                      # `opt`
         "Make the optimiser if there is none yet"
-        if lr is not None: self.lr = lr
+        if lr is not None:
+            if not lr >= 0: raise ValueError(f'Learner: lr is {lr}, needs 0 or more')
+            self.lr = lr
         if self.opt is None: self.opt = self.opt_func(self.model.parameters(), **({} if self.lr is None else {'lr': self.lr}))
         elif lr is not None:
-            for g in self.opt.param_groups: g['lr'] = lr
+            for g in self.opt.param_groups:
+                g['lr'] = lr
+                g.pop('initial_lr', None) # where an earlier schedule began
         return self.opt
 
     def evaluate(self,
@@ -340,9 +347,10 @@ class Learner(_Events, _Looks):
         "Judge the model without changing it"
         if dl is None: dl = self.dls[1]
         if dl is None: raise ValueError('Learner.evaluate: there is no validation loader; give a loader')
-        kept = self.records
+        names = 'records', 'record', 'epoch', 'epochs', 'epochs_done', 'batches_done', 'batch_idx', 'progress'
+        kept = {name: getattr(self, name) for name in names}
         try: record = self._run(1, False, (None, dl), cbs, False)[0]
-        finally: self.records = kept
+        finally: vars(self).update(kept)
         return {k.removeprefix('valid_'): v for k, v in record.items() if k not in ('epoch', 'seconds')}
 
     def _run(self, epochs, train, dls, cbs, progress):

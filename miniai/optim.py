@@ -9,6 +9,7 @@ __all__ = ['Optimizer', 'Momentum', 'RMSprop', 'Adam', 'AdamW', 'Schedule', 'Ste
 # %% ../nbs/08_optimizers.ipynb #5f840a01
 import itertools
 import math
+import operator
 from bisect import bisect_right
 from collections import defaultdict
 from numbers import Real
@@ -16,6 +17,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from .callbacks import AccumulateCB
 from .learner import Callback
 from .training import SGD
 
@@ -608,8 +610,9 @@ class SchedulerCB(Callback):
         now = _words(opt)
         self._before = now if resume is None else resume['before']
         _set_words(opt, self._before)
-        batches = len(learn.train_dl) if hasattr(learn.train_dl, '__len__') else None
-        steps = learn.epochs if self.each == 'epoch' else batches and batches*learn.epochs
+        gathered = max([cb.n for cb in learn.running_cbs if isinstance(cb, AccumulateCB)], default=1) # batches a step
+        batches = operator.length_hint(learn.train_dl, 0)
+        steps = learn.epochs if self.each == 'epoch' else -(-batches//gathered)*learn.epochs if batches else None
         self.sched = self.make(opt if isinstance(opt, torch.optim.Optimizer) else AsTorch(opt), steps)
         if self._plateau and self.each == 'batch':
             raise ValueError("SchedulerCB: a plateau schedule looks at an epoch's record; give each='epoch'")
@@ -625,6 +628,8 @@ class SchedulerCB(Callback):
     def after_batch(self, learn):
         if self._due and self.each == 'batch': self.sched.step()
         self._due = False
+
+    def after_train(self, learn): self.after_batch(learn) # the step of a last group that `AccumulateCB` takes behind the batches
 
     def after_epoch(self, learn):
         if not learn.will_train or self.each == 'batch': return
@@ -643,8 +648,12 @@ class SchedulerCB(Callback):
     def load_state_dict(self,
         state_dict:dict, # from `state_dict()`
     ):
-        "Let the next fit go on from there, with an optimiser whose own state has been loaded"
-        self._resume = state_dict or None
+        "Go on from there, in the next fit or in the one that begins; the optimiser's own state is loaded by whoever saved it"
+        if not state_dict: return
+        if self.sched is None: self._resume = state_dict
+        else: # inside `before_fit`, as a checkpoint does it
+            self.sched.load_state_dict(state_dict['sched'])
+            self._before = state_dict['before']
 
 
 def _words(opt)->list:

@@ -229,6 +229,23 @@ def test_the_epoch_that_stops_a_run_early_is_saved(tmp_path):
     assert again.fit(5, progress=False) == records and again.steps > 0   # nothing is left to do
 
 
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork')
+@pytest.mark.filterwarnings('ignore:.*fork.*:DeprecationWarning')
+def test_a_forked_child_does_not_hold_the_lock(tmp_path):
+    from miniai.checkpoints import _lock
+    read, write = os.pipe()
+    with _lock(tmp_path) as lock:
+        child = os.fork()   # as a loader's worker is made, which may outlive a process that was killed
+        if not child:
+            os.write(write, b'closed' if lock.closed else b'open')
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert os.read(read, 9) == b'closed' and not lock.closed
+        with pytest.raises(BlockingIOError, match='in use by another run'): _lock(tmp_path)
+    for end in read, write: os.close(end)
+    _lock(tmp_path).close()
+
+
 def test_load_needs_no_fit_and_keeps_the_generators(tmp_path):
     learn = learner(ours, own_generator, SGD, 1)
     learn.fit(1, progress=False)
