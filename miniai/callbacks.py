@@ -1044,7 +1044,10 @@ class MixedPrecisionCB(Callback):
         self.scaler.update()
 
     def state_dict(self): return self._saved or (self.scaler.state_dict() if self.scaler is not None else {})
-    def load_state_dict(self, state_dict): self._saved = state_dict
+
+    def load_state_dict(self, state_dict):
+        if self.scaler is None: self._saved = state_dict
+        elif state_dict: self.scaler.load_state_dict(state_dict) # inside `before_fit`, as a checkpoint does it
 
 
 class _ScaledOpt:
