@@ -2,10 +2,6 @@
 import sys
 
 sys.path.insert(0, f'{sys.path[0]}/..')
-from functools import partial
-
-from learner import setup
-
 from job import run
 
 
@@ -14,4 +10,9 @@ def callbacks():
     return [MetricsCB(Accuracy()), ProgressCB(), RecorderCB()]
 
 
-if __name__ == '__main__': run(partial(setup, callbacks=callbacks), ['torch'])
+def setup(job):
+    from learner import setup
+    return setup(job, callbacks=callbacks)
+
+
+if __name__ == '__main__': run(setup, ['torch'])
