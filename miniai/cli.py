@@ -9,6 +9,7 @@ __all__ = ['make_net', 'train_net', 'probabilities', 'save_run', 'load_net', 'co
 
 # %% ../nbs/80_command_line.ipynb #0ebd1d06
 import argparse
+import importlib
 import inspect
 import io
 import itertools
@@ -389,6 +390,16 @@ class _Stop(Exception):
     "Ends a command: the line to print, and the exit status"
     def __init__(self, line, status=1): self.line, self.status = line, status
 
+def _uninterrupted(work):
+    "Run `work()`; Ctrl-C waits for its end"
+    import signal
+    pressed, before = [], None
+    with suppress(ValueError): before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))  # in the main thread only
+    try: work()
+    finally:
+        if before is not None: signal.signal(signal.SIGINT, before)
+    if pressed: raise KeyboardInterrupt
+
 def _command(name, work):
     "Run `work()`, and turn its foreseeable ends into a line on `stderr` and an exit status"
     import signal
@@ -499,6 +510,7 @@ def _train_into(out, saves, args, kept):
     "Train and save; adds the number of each epoch that is saved to `kept`"
     import platform
 
+    _uninterrupted(lambda: importlib.import_module('torch'))  # it would go on with half of NumPy imported
     import torch
 
     from miniai.checkpoints import CheckpointCB

@@ -100,7 +100,8 @@ def test_an_error_at_any_event_leaves_a_learner_that_works(event, engine):
     learn = learner(LOADERS['a list'](), engine)
     learn.dls = learn.dls[0], learn.dls[0]
     with pytest.raises(OSError, match='as a test') as e: learn.fit(1, cbs=[Fails()], progress=False)
-    assert e.value.__notes__[0].startswith(f'in Fails.{event}, epoch ') and len(e.value.__notes__) == 1
+    where = 'before the first epoch' if event == 'before_fit' else 'epoch '
+    assert e.value.__notes__[0].startswith(f'in Fails.{event}, {where}') and len(e.value.__notes__) == 1
     assert not learn.training and learn.batch is None and torch.is_grad_enabled() and learn.model.training
     assert len(learn.fit(2, progress=False)) == 2
 
