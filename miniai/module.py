@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch._C import _set_grad_enabled # what `torch.no_grad()` calls, at a fifth of its price
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
@@ -33,52 +34,32 @@ _order, _version = itertools.count(), operator.attrgetter('_version')
 
 
 class _Made:
-    "How a tensor was made: the layer, its inputs, its output, its parameters, and a number that grows from layer to layer"
-    def __init__(self, layer, inputs, out, params):
-        if not isinstance(out, Tensor): raise TypeError(f'{layer}: forward must return one tensor, got {type(out).__name__}')
-        self.layer, self.inputs, self.out, self.params, self.order = layer, inputs, out, params, next(_order)
-        self.seen = [t for t in (out, *inputs, *params) if isinstance(t, Tensor)]
-        self.versions = [*map(_version, self.seen)]
+    "How a tensor was made: by a chain of layers, each with its inputs, output and parameters; and a number that grows from chain to chain"
+    def __init__(self, chain, seen, versions):
+        self.chain, self.seen, self.versions, self.order = chain, seen, versions, next(_order)
+        self.layer, self.inputs = chain[-1][0], chain[0][1]
 
     def bwd(self, grad):
-        "Run the layer's `bwd`, once, and forget the forward pass: a gradient for each input that asks for one, `None` for the others"
-        layer, inputs, out = self.layer, self.inputs, self.out
-        if inputs is None or [*map(_version, self.seen)] != self.versions: self.refuse()
+        "Go back through the chain, once, and forget it: a gradient for each input that asks for one, `None` for the others"
+        chain = self.chain
+        if chain is None or [*map(_version, self.seen)] != self.versions: self.refuse()
+        self.chain = self.seen = self.inputs = None
+        layer, inputs, out, params = chain.pop()
         if grad is None: grad = torch.ones_like(out)
         if grad.shape != out.shape: raise RuntimeError(f'{layer}: the gradient is {tuple(grad.shape)}, the output {tuple(out.shape)}')
-        self.inputs = self.out = self.seen = None
-        version = grad._version
-        grads = layer.bwd(grad, out, *inputs)
-        if grad._version != version: raise RuntimeError(f'{layer}: bwd changed the gradient it was given in place; others may need it')
-        if not isinstance(grads, (tuple, list)): grads = grads,
-        self.look_at_params({id(grad), *map(id, grads)})
-        return self.wanted(inputs, iter(grads))
-
-    def look_at_params(self, passed_on):
-        "Each parameter must have got a gradient, and one of its own: none of those `passed_on` (ids) to others"
-        for p in self.params:
-            if (g := p.grad) is not None:
-                if id(g) in passed_on: p.grad = g.clone()
-            elif p.requires_grad: raise RuntimeError(f'{self.layer}: bwd added nothing to .grad of its parameter of shape {tuple(p.shape)}')
-
-    def wanted(self, inputs, grads):
-        "Of the gradients that the layer's `bwd` returned those that inputs ask for, and `None` for the other inputs"
-        wanted = []
-        for t in inputs:
-            g = next(grads, None)
-            if not isinstance(t, Tensor) or not t.requires_grad: g = None
-            elif g is None or g.shape != t.shape:
-                raise RuntimeError(f'{self.layer}: bwd must return a gradient of shape {tuple(t.shape)} for input {len(wanted)}')
-            wanted.append(g)
-        return wanted
+        while chain:
+            grad, = _bwd(layer, grad, out, inputs, params)
+            layer, inputs, out, params = chain.pop()
+        return _bwd(layer, grad, out, inputs, params)
 
     def refuse(self):
         "Say why there can be no backward"
-        if self.inputs is None:
+        if self.chain is None:
             raise RuntimeError(f'{self.layer}: a second backward through one forward pass, whose memory the first backward freed. '
                                'Run the forward pass again, or add the losses and call backward() once')
         changed = next(t for t, version in zip(self.seen, self.versions) if t._version != version)
-        raise RuntimeError(f'{self.layer}: a tensor of shape {tuple(changed.shape)} that its backward needs was changed in place after '
+        layer = next(layer for layer, inputs, out, params in self.chain if any(t is changed for t in (*inputs, out, *params)))
+        raise RuntimeError(f'{layer}: a tensor of shape {tuple(changed.shape)} that its backward needs was changed in place after '
                            'the forward pass. Write to a clone, or call backward() first')
 
     def backward(self,
@@ -94,10 +75,29 @@ class _Made:
         raise RuntimeError(f"{self.layer}: its output remembers the forward pass and can't be copied or saved as it is: use .detach()")
 
 
+def _bwd(layer, grad, out, inputs, params):
+    "The layer's `bwd`: a gradient for each input that asks for one, else `None`. What its author may have forgotten is refused in words"
+    version = grad._version
+    grads = layer.bwd(grad, out, *inputs)
+    if grad._version != version: raise RuntimeError(f'{layer}: bwd changed the gradient it was given in place; others may need it')
+    grads = [*grads] if isinstance(grads, (tuple, list)) else [grads]
+    for p in params:
+        if (g := p.grad) is None:
+            if p.requires_grad: raise RuntimeError(f'{layer}: bwd added nothing to .grad of its parameter of shape {tuple(p.shape)}')
+        elif g is grad or id(g) in map(id, grads): p.grad = g.clone() # a parameter's gradient is its own, never one that is passed on
+    grads += [None] * (len(inputs) - len(grads))
+    for i, t in enumerate(inputs):
+        if not isinstance(t, Tensor) or not t.requires_grad: grads[i] = None
+        elif grads[i] is None or grads[i].shape != t.shape:
+            raise RuntimeError(f'{layer}: bwd must return a gradient of shape {tuple(t.shape)} for input {i}')
+    return grads
+
+
 def _walk_back(arrived):
-    "From gradients that have arrived at outputs, pairs of a `_Made` and a gradient, to the parameters: the latest layer first"
-    grads, latest = {}, []
-    with torch.no_grad():
+    "From gradients that have arrived at outputs, pairs of a `_Made` and a gradient, to the parameters: the latest chain first"
+    grads, latest, enabled = {}, [], torch.is_grad_enabled()
+    _set_grad_enabled(False)
+    try:
         while arrived or latest:
             while arrived:
                 made, grad = arrived.pop()
@@ -108,6 +108,7 @@ def _walk_back(arrived):
                 if grad is None: continue
                 if (before := getattr(t, '_made', None)) is not None: arrived.append((before, grad))
                 else: accumulate(t, grad.clone())
+    finally: _set_grad_enabled(enabled)
 
 # %% ../nbs/02_module.ipynb #adc63212
 class _Here(threading.local): task = arrived = None
@@ -125,18 +126,27 @@ def _arrived(t):
     _here.arrived.append((t._made, grad))
 
 
+class _Hooks(OrderedDict):
+    "The hooks of every output of ours: `_arrived`, and no other"
+    def __setitem__(self, key, hook):
+        if self: raise RuntimeError('an output of our layers takes no post-accumulate hook; use register_hook')
+        super().__setitem__(key, hook)
+
+_hooks = _Hooks(ours=_arrived)
+
+
 class _AutogradNode(torch.autograd.Function):
-    "A layer of ours behind a torch operation: autograd keeps the graph there, and calls the layer's `bwd`"
+    "A chain of ours behind a torch operation: autograd keeps the graph there, and calls the chain's `bwd`"
     @staticmethod
-    def forward(ctx, layer, inputs, params, *tensors): # `tensors` are inputs and parameters once more: autograd looks at them
-        out = layer.forward(*inputs)
-        ctx.made = _Made(layer, inputs, out, params)
+    def forward(ctx, layers, inputs, params, *tensors): # `tensors` are inputs and parameters once more: autograd looks at them
+        out, ctx.made = _run(layers, inputs, params, True)
+        ctx.params = tensors[len(inputs):]
         return out.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        params = ctx.made.params
+        params = ctx.params
         kept = [p.grad for p in params]
         for p in params: p.grad = None # what `bwd` adds goes to autograd, which alone knows whether .grad is to be filled
         try: return None, None, None, *ctx.made.bwd(grad), *(p.grad for p in params)
@@ -155,6 +165,48 @@ def _members(value, name):
         raise TypeError(f'{name}: put modules and parameters into a list, tuple or dict, not a {type(value).__name__}')
 
 
+_watched = operator.attrgetter('grad_fn', '_backward_hooks', '_post_accumulate_grad_hooks')
+_NOTHING, _OURS = (None, None, None), (None, None, _hooks) # on a leaf that no hook waits on, and on an output of ours
+
+
+def _run(layers, inputs, params, asking):
+    "Layers one after the other: the output, and how it was made if an input is `asking` for a gradient, or one of each layer's `params`"
+    chain, seen, versions = [], [t for t in inputs if isinstance(t, Tensor)], []
+    for layer, own in zip(layers, params):
+        out = layer.forward(*inputs)
+        if not isinstance(out, Tensor): raise TypeError(f'{layer}: forward must return one tensor, got {type(out).__name__}')
+        if asking or own:
+            asking = True
+            chain.append((layer, inputs, out, own))
+            seen += [*own, out]
+            versions += map(_version, seen[len(versions):]) # now: the next layer may change its input, this one's output, in place
+            out = out.detach().requires_grad_() # without what `forward` may have hung on it for `bwd`
+        else: seen = [out]
+        inputs = out,
+    return out, _Made(chain, seen, versions) if chain else None
+
+
+def _record(layers, inputs):
+    "`_run` without autograd, and an output that remembers how it was made; as a node of autograd's graph if that has to do with it"
+    asking = autograd = False
+    for t in inputs:
+        if not isinstance(t, Tensor): layers[0]._refuse_parts(t)
+        elif t.requires_grad:
+            asking = True
+            autograd = autograd or _watched(t) not in (_NOTHING, _OURS)
+    params = [layer._asking() for layer in layers]
+    watched = [_watched(p) for own in params for p in own]
+    if autograd or watched.count(_NOTHING) != len(watched):
+        return _AutogradNode.apply(layers, inputs, params, *inputs, *dict.fromkeys(itertools.chain(*params)))
+    _set_grad_enabled(False)
+    try: out, made = _run(layers, inputs, params, asking)
+    finally: _set_grad_enabled(True)
+    if made is not None:
+        out._made, out._post_accumulate_grad_hooks = made, _hooks # as register_post_accumulate_grad_hook does, without a handle
+        if out.ndim == 0: out.backward = made.backward
+    return out
+
+
 class Module:
     """A layer or a net, the twin of `nn.Module`.
 
@@ -170,31 +222,11 @@ class Module:
 
     def __call__(self, *inputs):
         if self.bwd is None: out = self.forward(*inputs)
-        elif torch.is_grad_enabled(): out = self._record(inputs)
+        elif torch.is_grad_enabled(): out = _record([self], inputs)
         else: out = self.forward(*inputs).detach() # without what `forward` may have hung on it for `bwd`
         if self._forward_hooks:
             for hook in tuple(self._forward_hooks.values()):
                 if (changed := hook(self, inputs, out)) is not None: out = changed
-        return out
-
-    def _record(self, inputs):
-        "`forward` without autograd, and an output that remembers how it was made if anything behind it asks for a gradient"
-        params, asking, autograd = self._asking(), False, False
-        for t in (*inputs, *params):
-            if not isinstance(t, Tensor): self._refuse_parts(t)
-            elif t.requires_grad:
-                asking = True
-                if t.grad_fn is not None or t._backward_hooks or t._post_accumulate_grad_hooks and not hasattr(t, '_made'): autograd = True
-        if autograd: return _AutogradNode.apply(self, inputs, params, *inputs, *params)
-        torch.set_grad_enabled(False) # as `with torch.no_grad()` does, at half its price
-        try: out = self.forward(*inputs)
-        finally: torch.set_grad_enabled(True)
-        if not asking: return out
-        made = _Made(self, inputs, out, params)
-        out = out.detach().requires_grad_()
-        out._made = made
-        out._post_accumulate_grad_hooks = OrderedDict(ours=_arrived) # as register_post_accumulate_grad_hook does, without a handle
-        if out.ndim == 0: out.backward = made.backward
         return out
 
     def _refuse_parts(self, value):
@@ -206,10 +238,10 @@ class Module:
     def _asking(self):
         "The parameters that ask for a gradient: a layer's own, unless it holds a list, dict or module, which may hold some, too"
         params = []
-        for name, value in vars(self).items():
+        for value in vars(self).values():
             if isinstance(value, Tensor):
                 if isinstance(value, nn.Parameter) and value.requires_grad: params.append(value)
-            elif isinstance(value, (list, tuple, dict, Module, nn.Module)) and name != '_forward_hooks':
+            elif isinstance(value, (list, tuple, dict, Module, nn.Module)) and value is not self._forward_hooks:
                 return [p for p in self.parameters() if p.requires_grad]
         return params
 
@@ -368,10 +400,15 @@ class Linear(Module):
     def extra_repr(self): return f'in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}'
 
 # %% ../nbs/02_module.ipynb #d196afaa
+_BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+
+
 class ReLU(Module):
     "`max(x, 0)` of any shape, the twin of `nn.ReLU`; its gradient at 0 is 0"
     def forward(self, x): return x.clamp_min(0.)
-    def bwd(self, grad, out, x): return grad.masked_fill(out <= 0, 0.)
+    def bwd(self, grad, out, x):
+        bits = grad.view(_BITS[grad.dtype]) * out.bool() # all of them, or none
+        return bits.view(grad.dtype)
 
 
 class Flatten(Module):
@@ -402,6 +439,12 @@ class MSELoss(Module):
         return diff, -diff if targ.requires_grad else None
 
 # %% ../nbs/02_module.ipynb #603ce65c
+def _chains(layer):
+    "May this layer be a link of a chain? It must be ours, and calling it must be no more than its `forward`, to be recorded"
+    return (isinstance(layer, Module) and layer.bwd is not None and not layer._forward_hooks and type(layer).__call__ is Module.__call__
+            and torch.is_grad_enabled())
+
+
 class Sequential(Module):
     "Layers one after the other, the twin of `nn.Sequential`; a slice is a `Sequential` that shares the layers"
     def __init__(self, *layers):
@@ -412,7 +455,10 @@ class Sequential(Module):
     def _named(self): return ((name.removeprefix('layers.'), m) for name, m in super()._named())
 
     def forward(self, x):
-        for layer in self.layers: x = layer(x)
+        for chained, layers in itertools.groupby(self.layers, _chains):
+            if chained: x = _record([*layers], (x,))
+            else:
+                for layer in layers: x = layer(x)
         return x
 
     def __len__(self): return len(self.layers)
