@@ -84,11 +84,12 @@ def _bwd(layer, grad, out, inputs, params):
     for p in params:
         if (g := p.grad) is None:
             if p.requires_grad: raise RuntimeError(f'{layer}: bwd added nothing to .grad of its parameter of shape {tuple(p.shape)}')
-        elif g is grad or id(g) in map(id, grads): p.grad = g.clone() # a parameter's gradient is its own, never one that is passed on
-    grads += [None] * (len(inputs) - len(grads))
+        elif g is grad or g is grads[0] or id(g) in map(id, grads[1:]): p.grad = g.clone() # its own, never one that is passed on
+    if len(grads) < len(inputs): grads += [None] * (len(inputs) - len(grads))
     for i, t in enumerate(inputs):
+        g = grads[i]
         if not isinstance(t, Tensor) or not t.requires_grad: grads[i] = None
-        elif grads[i] is None or grads[i].shape != t.shape:
+        elif g is None or g.shape != t.shape:
             raise RuntimeError(f'{layer}: bwd must return a gradient of shape {tuple(t.shape)} for input {i}')
     return grads
 
