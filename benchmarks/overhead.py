@@ -3,6 +3,7 @@
 The same network of `torch.nn`, loader, optimiser and validation pass, through miniai's `fit` and through a plain loop, one epoch each in
 turn within one process, in random order. Prints the median ratio with its spread; at most 1.05 is the aim. Then the loaders that `get_dls`
 makes for datasets without batches (`num_workers=`) against PyTorch's, an epoch of 10,000 rows each in turn; at most 1.03 is the aim.
+Writes `results/overhead.md`.
 """
 import job as common  # first: it sets the process to one thread
 
@@ -12,6 +13,7 @@ import contextlib
 import os
 import random
 import time
+from pathlib import Path
 from statistics import median, quantiles
 
 import torch
@@ -41,15 +43,18 @@ def loop(model, loss_func, opt, train_dl, valid_dl):
 
 
 def compare(what, one, other, turns):
-    "Print by how much `one` takes longer than `other`; each, called with a seed, returns its seconds, clock and processor"
+    "How many times as long as `other` `one` takes, as rows of a table; each, called with a seed, returns its seconds, clock and processor"
     took, draw = [], random.Random(0)
     for func in one, other: func(0)  # warm up
     for i in range(turns):
         pair = {func: func(i) for func in draw.sample([one, other], 2)}
         took.append([a / b for a, b in zip(pair[one], pair[other])])
+    rows = []
     for name, ratios in zip(('clock', 'processor time'), zip(*took)):
         low, _, high = quantiles(ratios, n=4)
-        print(f'{what} by {name}: median {median(ratios):.3f}, half of {turns} pairs from {low:.3f} to {high:.3f}')
+        rows.append(f'| {what} | {name} | {median(ratios):.3f} | {low:.3f} to {high:.3f} | {turns} |')
+        print(rows[-1], flush=True)
+    return rows
 
 
 def loaders(x, y, bs, turns):
@@ -64,10 +69,12 @@ def loaders(x, y, bs, turns):
             return time.perf_counter() - start, common.cpu_seconds() - cpu
         return run
 
+    lines = []
     for k in 0, 2:
         ours = seconds(lambda k=k: get_dls(rows, rows, bs, num_workers=k)[0])
         theirs = seconds(lambda k=k: DataLoader(rows, bs, shuffle=True, num_workers=k))
-        compare(f"get_dls with num_workers={k} / PyTorch's DataLoader", ours, theirs, turns)
+        lines += compare(f"`get_dls` with `num_workers={k}` / PyTorch's `DataLoader`", ours, theirs, turns)
+    return lines
 
 
 def main():
@@ -100,8 +107,11 @@ def main():
             return clock, cpu
         return run
 
-    compare('fit / plain loop', timed('fit'), timed('loop'), args.pairs)
-    loaders(x, y, job.bs, args.pairs)
+    lines = ['# What `fit` and `get_dls` cost', '', f'In turn within one process, one thread; torch {torch.__version__}.', '',
+             '| what | by | median of the ratios | half of them lie from | pairs |', '|---|---|--:|--:|--:|']
+    lines += compare('`fit` around `torch.nn` / plain loop', timed('fit'), timed('loop'), args.pairs)
+    lines += loaders(x, y, job.bs, args.pairs)
+    (Path(__file__).parent / 'results/overhead.md').write_text('\n'.join(lines) + '\n')
 
 
 if __name__ == '__main__': main()

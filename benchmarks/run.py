@@ -144,7 +144,7 @@ def ratio(a, b, key):
 
 
 def shown(line, busy):
-    "Seconds of the first and of the later run; of processor time if the machine was busy with other work"
+    "Seconds of the first and of a later run; of processor time if the machine was busy with other work"
     first = line['first_cpu' if busy else 'first']['median']
     return first, line['later_cpu' if busy else 'later']['median'] if 'later' in line else first
 
@@ -161,9 +161,9 @@ def summarise(rows, about, busy=False):
         for key in 'first', 'later', 'first_cpu', 'later_cpu':
             if values := [r[key] for r in rs if key in r]: line[key] = dict(median=median(values), min=min(values), max=max(values))
             line[f'{key}_ratio'] = ratio(rs, good[OURS], key) if OURS in good else None
-        accuracies = [r[f'{turn}_accuracy'] for r in rs for turn in ('first', 'later') if turn in r]
+        accuracies = [a for r in rs for a in r['accuracies']]
         line['accuracy'] = dict(median=median(accuracies), min=min(accuracies), max=max(accuracies), count=len(accuracies))
-        line['loss'] = median([r[f'{turn}_loss'] for r in rs for turn in ('first', 'later') if turn in r])
+        line['loss'] = median([loss for r in rs for loss in r['losses']])
         line['peak_mb'], line['setup_mb'] = median(r['peak_mb'] for r in rs), median(r['setup_mb'] for r in rs)
         line['updates'], due = rs[-1]['updates'], rs[-1]['updates_due']
         if line['updates'] != due: line['problems'].append(f'{line["updates"]} updates instead of {due}')
@@ -192,8 +192,9 @@ def table(lines, failed, missing, info, good):
     if info['busy']:
         out += ['**The machine was busy with other work**: compare processor times (CPU), by which the table is sorted; the clock tells '
                 'little.', '']
-    out += ['*First*: the first run in the process, with what a tool compiles or loads then; *later*: the second run there. *CPU*: '
-            'processor time of the later run, all threads and workers. *× ours*: median over the rounds of the ratio in one round.', '',
+    out += ['*First*: the first run in the process, with what a tool compiles or loads then; *later*: the median of up to four more runs '
+            'there. *CPU*: processor time of a later run, all threads and workers. '
+            '*× ours*: median over the rounds of the ratio in one round.', '',
             '| contestant | later, s | min to max | first, s | CPU, s | × ours, later | first | CPU | accuracy | lowest to highest '
             '| peak MB | versions |',
             '|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|']
@@ -221,7 +222,7 @@ def table(lines, failed, missing, info, good):
 
 
 def plot(lines, info, path):
-    "A dot for the later run and one for the first, the fastest contestant on top"
+    "A dot for a later run and one for the first, the fastest contestant on top"
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt

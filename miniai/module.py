@@ -84,8 +84,8 @@ def _bwd(layer, grad, out, inputs, params):
     for p in params:
         if (g := p.grad) is None:
             if p.requires_grad: raise RuntimeError(f'{layer}: bwd added nothing to .grad of its parameter of shape {tuple(p.shape)}')
-        elif g is grad or g is grads[0] or id(g) in map(id, grads[1:]): p.grad = g.clone() # its own, never one that is passed on
-    if len(grads) < len(inputs): grads += [None] * (len(inputs) - len(grads))
+        elif id(g) in map(id, (grad, *grads)): p.grad = g.clone() # its own, never one that is passed on
+    grads += [None] * (len(inputs) - len(grads))
     for i, t in enumerate(inputs):
         g = grads[i]
         if not isinstance(t, Tensor) or not t.requires_grad: grads[i] = None
@@ -142,7 +142,7 @@ class _AutogradNode(torch.autograd.Function):
     def forward(ctx, layers, inputs, params, *tensors): # `tensors` are inputs and parameters once more: autograd looks at them
         out, ctx.made = _run(layers, inputs, params, True)
         ctx.params = tensors[len(inputs):]
-        return out.detach()
+        return out
 
     @staticmethod
     @once_differentiable

@@ -12,8 +12,8 @@ spec.loader.exec_module(run)
 
 def row(name, number, seconds, **more):
     row = dict(name=name, round=number, peak_mb=100, setup_mb=90, updates=2346, updates_due=2346, versions={'x': '1'})
-    for turn in 'first', 'later':
-        row.update({turn: seconds, f'{turn}_cpu': seconds, f'{turn}_accuracy': 0.96, f'{turn}_loss': 0.1})
+    row.update(accuracies=[0.96, 0.96], losses=[0.1, 0.1])
+    for turn in 'first', 'later': row.update({turn: seconds, f'{turn}_cpu': seconds})
     return {**row, **more}
 
 
@@ -32,8 +32,8 @@ def test_ratios_pair_runs_of_one_round():
     assert lines[0]['later_ratio'] == 2 and lines[0]['rounds'] == 3 and not lines[0]['problems']
 
 
-@pytest.mark.parametrize('more, word', [(dict(updates=2343), 'updates'), (dict(first_accuracy=0.90, later_accuracy=0.90), 'accuracy'),
-                                        (dict(first_accuracy=float('nan'), later_accuracy=float('nan')), 'accuracy')])
+@pytest.mark.parametrize('more, word', [(dict(updates=2343), 'updates'), (dict(accuracies=[0.90] * 2), 'accuracy'),
+                                        (dict(accuracies=[float('nan')] * 2), 'accuracy')])
 def test_a_wrong_run_is_flagged(more, word):
     about = {name: (name, []) for name in ('ours', 'other', 'gone')}
     rows = [r for k in range(3) for r in (row('ours', k, 1.), row('other', k, 0.5, **more))]
