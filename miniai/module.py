@@ -442,8 +442,8 @@ class MSELoss(Module):
 # %% ../nbs/02_module.ipynb #603ce65c
 def _chains(layer):
     "May this layer be a link of a chain? It must be ours, and calling it must be no more than its `forward`, to be recorded"
-    return (isinstance(layer, Module) and layer.bwd is not None and not layer._forward_hooks and type(layer).__call__ is Module.__call__
-            and torch.is_grad_enabled())
+    return (torch.is_grad_enabled() and isinstance(layer, Module) and layer.bwd is not None and not layer._forward_hooks
+            and type(layer).__call__ is Module.__call__)
 
 
 class Sequential(Module):
