@@ -30,46 +30,53 @@ def accumulate(
 
 # %% ../nbs/02_module.ipynb #54686271
 _Keys = namedtuple('_Keys', 'missing_keys unexpected_keys')
-_order, _version = itertools.count(), operator.attrgetter('_version')
+_order, _state = itertools.count(), operator.attrgetter('_version', '_backward_hooks') # changes in place, and hooks, of a tensor
 
 
 class _Made:
     "How a tensor was made: by a chain of layers, each with its inputs, output and parameters; and a number that grows from chain to chain"
-    def __init__(self, chain, seen, versions):
-        self.chain, self.seen, self.versions, self.order = chain, seen, versions, next(_order)
+    def __init__(self, chain, seen, states):
+        self.chain, self.seen, self.states, self.order = chain, seen, states, next(_order)
         self.layer, self.inputs = chain[-1][0], chain[0][1]
 
     def bwd(self, grad):
         "Go back through the chain, once, and forget it: a gradient for each input that asks for one, `None` for the others"
         chain = self.chain
-        if chain is None or [*map(_version, self.seen)] != self.versions: self.refuse()
-        self.chain = self.seen = self.inputs = None
-        layer, inputs, out, params = chain.pop()
+        if chain is None or [*map(_state, self.seen)] != self.states: self.look_closer()
+        layer, inputs, out, params = chain[-1]
         if grad is None: grad = torch.ones_like(out)
         if grad.shape != out.shape: raise RuntimeError(f'{layer}: the gradient is {tuple(grad.shape)}, the output {tuple(out.shape)}')
+        self.chain = self.seen = self.inputs = None
+        chain.pop() # link by link, so that each part of the memory is free as soon as it has served
         while chain:
             grad, = _bwd(layer, grad, out, inputs, params)
             layer, inputs, out, params = chain.pop()
         return _bwd(layer, grad, out, inputs, params)
 
-    def refuse(self):
-        "Say why there can be no backward"
+    def look_closer(self):
+        "Refuse in words if there can be no backward; a hook that came and went is none"
         if self.chain is None:
             raise RuntimeError(f'{self.layer}: a second backward through one forward pass, whose memory the first backward freed. '
                                'Run the forward pass again, or add the losses and call backward() once')
-        changed = next(t for t, version in zip(self.seen, self.versions) if t._version != version)
-        layer = next(layer for layer, inputs, out, params in self.chain if any(t is changed for t in (*inputs, out, *params)))
-        raise RuntimeError(f'{layer}: a tensor of shape {tuple(changed.shape)} that its backward needs was changed in place after '
-                           'the forward pass. Write to a clone, or call backward() first')
+        for t, (version, hooks) in zip(self.seen, self.states):
+            layer = next(layer for layer, inputs, out, params in self.chain if any(t is other for other in (*inputs, out, *params)))
+            what = f'{layer}: a tensor of shape {tuple(t.shape)} that its backward needs'
+            if t._version != version:
+                raise RuntimeError(f'{what} was changed in place after the forward pass. Write to a clone, or call backward() first')
+            if t._backward_hooks and not hooks: raise RuntimeError(f'{what} got a hook after the forward pass. Register it before')
 
     def backward(self,
-        gradient:Tensor|None=None, # of what follows the loss, 0-d; 1 if left out
+        gradient:Tensor|None=None, # of the loss with respect to the output, in its shape; ones if left out
         retain_graph=None, create_graph=False, inputs=None, # PyTorch's words; anything but their defaults is refused
     ):
         "What `loss.backward()` calls: fill `.grad` of everything that the loss came from"
         if retain_graph or create_graph or inputs is not None:
             raise RuntimeError(f'{self.layer}: backward takes no retain_graph, create_graph or inputs: one walk, and its memory is gone')
         _walk_back([(self, gradient)])
+
+    def register_hook(self, hook):
+        "What `loss.register_hook()` calls: the walk starts at the loss, so there is no gradient that a hook could change"
+        raise RuntimeError(f'{self.layer}: a loss takes no hook; scale the loss, or hand backward() a gradient')
 
     def __reduce_ex__(self, protocol):
         raise RuntimeError(f"{self.layer}: its output remembers the forward pass and can't be copied or saved as it is: use .detach()")
@@ -81,6 +88,7 @@ def _bwd(layer, grad, out, inputs, params):
     grads = layer.bwd(grad, out, *inputs)
     if grad._version != version: raise RuntimeError(f'{layer}: bwd changed the gradient it was given in place; others may need it')
     grads = [*grads] if isinstance(grads, (tuple, list)) else [grads]
+    if len(grads) > len(inputs): raise RuntimeError(f'{layer}: bwd returned {len(grads)} gradients for {len(inputs)} inputs')
     for p in params:
         if (g := p.grad) is None:
             if p.requires_grad: raise RuntimeError(f'{layer}: bwd added nothing to .grad of its parameter of shape {tuple(p.shape)}')
@@ -97,8 +105,8 @@ def _bwd(layer, grad, out, inputs, params):
 def _walk_back(arrived):
     "From gradients that have arrived at outputs, pairs of a `_Made` and a gradient, to the parameters: the latest chain first"
     grads, latest, enabled = {}, [], torch.is_grad_enabled()
-    _set_grad_enabled(False)
     try:
+        _set_grad_enabled(False)
         while arrived or latest:
             while arrived:
                 made, grad = arrived.pop()
@@ -133,13 +141,16 @@ class _Hooks(OrderedDict):
         if self: raise RuntimeError('an output of our layers takes no post-accumulate hook; use register_hook')
         super().__setitem__(key, hook)
 
-_hooks = _Hooks(ours=_arrived)
+def _arrived_inside(t):
+    raise RuntimeError(f'a tensor of shape {tuple(t.shape)} from inside a Sequential was used outside; take it with register_forward_hook')
+
+_hooks, _inside = _Hooks(ours=_arrived), _Hooks(ours=_arrived_inside)
 
 
 class _AutogradNode(torch.autograd.Function):
     "A chain of ours behind a torch operation: autograd keeps the graph there, and calls the chain's `bwd`"
     @staticmethod
-    def forward(ctx, layers, inputs, params, *tensors): # `tensors` are inputs and parameters once more: autograd looks at them
+    def forward(ctx, layers, inputs, params, *tensors): # `tensors`: inputs and parameters once more, each once, for autograd to look at
         out, ctx.made = _run(layers, inputs, params, True)
         ctx.params = tensors[len(inputs):]
         return out
@@ -170,41 +181,52 @@ _watched = operator.attrgetter('grad_fn', '_backward_hooks', '_post_accumulate_g
 _NOTHING, _OURS = (None, None, None), (None, None, _hooks) # on a leaf that no hook waits on, and on an output of ours
 
 
+def _needs_autograd(t):
+    "Has autograd made `t`, or does somebody's hook wait on it?"
+    made_by, hooks, later_hooks = _watched(t)
+    if hooks is not None and not hooks: t._backward_hooks = None # the empty table that a removed hook leaves
+    return made_by is not None or bool(hooks) or bool(later_hooks) and later_hooks is not _hooks
+
+
 def _run(layers, inputs, params, asking):
-    "Layers one after the other: the output, and how it was made if an input is `asking` for a gradient, or one of each layer's `params`"
-    chain, seen, versions = [], [t for t in inputs if isinstance(t, Tensor)], []
+    "Layers one after the other: the output and its `_Made`, `None` if no input is `asking` for a gradient and no parameter of any layer is"
+    chain, seen = [], [t for t in inputs if isinstance(t, Tensor)]
+    states = [*map(_state, seen)]
     for layer, own in zip(layers, params):
+        if chain: inputs[0]._post_accumulate_grad_hooks = _inside
         out = layer.forward(*inputs)
         if not isinstance(out, Tensor): raise TypeError(f'{layer}: forward must return one tensor, got {type(out).__name__}')
         if asking or own:
             asking = True
             chain.append((layer, inputs, out, own))
             seen += [*own, out]
-            versions += map(_version, seen[len(versions):]) # now: the next layer may change its input, this one's output, in place
+            states += map(_state, seen[len(states):]) # now: the next layer may change its input, this one's output, in place
             out = out.detach().requires_grad_() # without what `forward` may have hung on it for `bwd`
-        else: seen = [out]
+        else: seen, states = [out], [_state(out)]
         inputs = out,
-    return out, _Made(chain, seen, versions) if chain else None
+    return out, _Made(chain, seen, states) if chain else None
 
 
 def _record(layers, inputs):
-    "`_run` without autograd, and an output that remembers how it was made; as a node of autograd's graph if that has to do with it"
+    "`_run` without autograd's recording, and the memory hung on the output; or as one node of autograd's graph if that must see the layers"
     asking = autograd = False
     for t in inputs:
         if not isinstance(t, Tensor): layers[0]._refuse_parts(t)
         elif t.requires_grad:
             asking = True
-            autograd = autograd or _watched(t) not in (_NOTHING, _OURS)
+            autograd = autograd or _watched(t) not in (_NOTHING, _OURS) and _needs_autograd(t)
     params = [layer._asking() for layer in layers]
     watched = [_watched(p) for own in params for p in own]
-    if autograd or watched.count(_NOTHING) != len(watched):
+    if watched.count(_NOTHING) != len(watched): autograd = autograd or any(map(_needs_autograd, itertools.chain(*params)))
+    if autograd:
         return _AutogradNode.apply(layers, inputs, params, *inputs, *dict.fromkeys(itertools.chain(*params)))
-    _set_grad_enabled(False)
-    try: out, made = _run(layers, inputs, params, asking)
+    try:
+        _set_grad_enabled(False)
+        out, made = _run(layers, inputs, params, asking)
     finally: _set_grad_enabled(True)
-    if made is not None:
-        out._made, out._post_accumulate_grad_hooks = made, _hooks # as register_post_accumulate_grad_hook does, without a handle
-        if out.ndim == 0: out.backward = made.backward
+    if made is None: return out.detach()
+    out._made, out._post_accumulate_grad_hooks = made, _hooks # as register_post_accumulate_grad_hook does, without a handle
+    if out.ndim == 0: out.backward, out.register_hook = made.backward, made.register_hook
     return out
 
 
@@ -441,7 +463,7 @@ class MSELoss(Module):
 
 # %% ../nbs/02_module.ipynb #603ce65c
 def _chains(layer):
-    "May this layer be a link of a chain? It must be ours, and calling it must be no more than its `forward`, to be recorded"
+    "May this layer be a link of a chain? It must be ours, and calling it must run only its `forward`: no hook, no `__call__` of its own"
     return (torch.is_grad_enabled() and isinstance(layer, Module) and layer.bwd is not None and not layer._forward_hooks
             and type(layer).__call__ is Module.__call__)
 
