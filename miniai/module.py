@@ -34,36 +34,38 @@ _order, _state = itertools.count(), operator.attrgetter('_version', '_backward_h
 
 
 class _Made:
-    "How a tensor was made: by a chain of layers, each with its inputs, output and parameters; and a number that grows from chain to chain"
-    def __init__(self, chain, seen, states):
-        self.chain, self.seen, self.states, self.order = chain, seen, states, next(_order)
+    "How a tensor was made: by a chain of layers, from the inputs of the first; and a number that grows from chain to chain"
+    by_autograd = False # is the chain a node of autograd's graph?
+
+    def __init__(self, chain):
+        self.chain, self.order = chain, next(_order)
         self.layer, self.inputs = chain[-1][0], chain[0][1]
 
     def bwd(self, grad):
         "Go back through the chain, once, and forget it: a gradient for each input that asks for one, `None` for the others"
-        chain = self.chain
-        if chain is None or [*map(_state, self.seen)] != self.states: self.look_closer()
-        layer, inputs, out, params = chain[-1]
-        if grad is None: grad = torch.ones_like(out)
-        if grad.shape != out.shape: raise RuntimeError(f'{layer}: the gradient is {tuple(grad.shape)}, the output {tuple(out.shape)}')
-        self.chain = self.seen = self.inputs = None
-        chain.pop() # link by link, so that each part of the memory is free as soon as it has served
-        while chain:
-            grad, = _bwd(layer, grad, out, inputs, params)
-            layer, inputs, out, params = chain.pop()
-        return _bwd(layer, grad, out, inputs, params)
-
-    def look_closer(self):
-        "Refuse in words if there can be no backward; a hook that came and went is none"
-        if self.chain is None:
+        chain, inputs = self.chain, self.inputs
+        if chain is None:
             raise RuntimeError(f'{self.layer}: a second backward through one forward pass, whose memory the first backward freed. '
                                'Run the forward pass again, or add the losses and call backward() once')
-        for t, (version, hooks) in zip(self.seen, self.states):
-            layer = next(layer for layer, inputs, out, params in self.chain if any(t is other for other in (*inputs, out, *params)))
+        out = chain[-1][2]
+        if grad is None: grad = torch.ones_like(out)
+        if grad.shape != out.shape: raise RuntimeError(f'{self.layer}: the gradient is {tuple(grad.shape)}, the output {tuple(out.shape)}')
+        self.chain = self.inputs = None
+        grads = [grad]
+        while chain and grads[0] is not None: # it is None if a layer has cut the gradient off
+            layer, given, out, params, seen, states = chain.pop() # link by link: each part of the memory is free when it has served
+            if [*map(_state, seen)] != states: self.look_closer(layer, seen, states)
+            grads = _bwd(layer, grads[0], given, out, params)
+        return grads if not chain else [None] * len(inputs)
+
+    def look_closer(self, layer, seen, states):
+        "Refuse in words what makes a gradient wrong; a hook that came and went does not, and autograd runs its own"
+        for t, (version, hooks) in zip(seen, states):
             what = f'{layer}: a tensor of shape {tuple(t.shape)} that its backward needs'
             if t._version != version:
                 raise RuntimeError(f'{what} was changed in place after the forward pass. Write to a clone, or call backward() first')
-            if t._backward_hooks and not hooks: raise RuntimeError(f'{what} got a hook after the forward pass. Register it before')
+            if t._backward_hooks and not hooks and not self.by_autograd:
+                raise RuntimeError(f'{what} got a hook after the forward pass. Register it before')
 
     def backward(self,
         gradient:Tensor|None=None, # of the loss with respect to the output, in its shape; ones if left out
@@ -82,7 +84,7 @@ class _Made:
         raise RuntimeError(f"{self.layer}: its output remembers the forward pass and can't be copied or saved as it is: use .detach()")
 
 
-def _bwd(layer, grad, out, inputs, params):
+def _bwd(layer, grad, inputs, out, params):
     "The layer's `bwd`: a gradient for each input that asks for one, else `None`. What its author may have forgotten is refused in words"
     version = grad._version
     grads = layer.bwd(grad, out, *inputs)
@@ -152,6 +154,7 @@ class _AutogradNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layers, inputs, params, *tensors): # `tensors`: inputs and parameters once more, each once, for autograd to look at
         out, ctx.made = _run(layers, inputs, params, True)
+        ctx.made.by_autograd = True
         ctx.params = tensors[len(inputs):]
         return out
 
@@ -190,21 +193,23 @@ def _needs_autograd(t):
 
 def _run(layers, inputs, params, asking):
     "Layers one after the other: the output and its `_Made`, `None` if no input is `asking` for a gradient and no parameter of any layer is"
-    chain, seen = [], [t for t in inputs if isinstance(t, Tensor)]
-    states = [*map(_state, seen)]
+    chain = []
     for layer, own in zip(layers, params):
+        wanting = [p for p in own if p.requires_grad]
+        if asking or wanting:
+            seen = [*inputs, *own] if chain else [t for t in (*inputs, *own) if isinstance(t, Tensor)]
+            states = [*map(_state, seen)] # before `forward`, which may change its inputs in place
         if chain: inputs[0]._post_accumulate_grad_hooks = _inside
         out = layer.forward(*inputs)
         if not isinstance(out, Tensor): raise TypeError(f'{layer}: forward must return one tensor, got {type(out).__name__}')
-        if asking or own:
+        if asking or wanting:
             asking = True
-            chain.append((layer, inputs, out, own))
-            seen += [*own, out]
-            states += map(_state, seen[len(states):]) # now: the next layer may change its input, this one's output, in place
+            seen.append(out)
+            states.append(_state(out))
+            chain.append((layer, inputs, out, wanting, seen, states))
             out = out.detach().requires_grad_() # without what `forward` may have hung on it for `bwd`
-        else: seen, states = [out], [_state(out)]
         inputs = out,
-    return out, _Made(chain, seen, states) if chain else None
+    return out, _Made(chain) if chain else None
 
 
 def _record(layers, inputs):
@@ -215,16 +220,17 @@ def _record(layers, inputs):
         elif t.requires_grad:
             asking = True
             autograd = autograd or _watched(t) not in (_NOTHING, _OURS) and _needs_autograd(t)
-    params = [layer._asking() for layer in layers]
+    params = [layer._own() for layer in layers]
     watched = [_watched(p) for own in params for p in own]
     if watched.count(_NOTHING) != len(watched): autograd = autograd or any(map(_needs_autograd, itertools.chain(*params)))
     if autograd:
-        return _AutogradNode.apply(layers, inputs, params, *inputs, *dict.fromkeys(itertools.chain(*params)))
+        wanting = {p: None for own in params for p in own if p.requires_grad} # each once
+        return _AutogradNode.apply(layers, inputs, params, *inputs, *wanting)
     try:
         _set_grad_enabled(False)
         out, made = _run(layers, inputs, params, asking)
     finally: _set_grad_enabled(True)
-    if made is None: return out.detach()
+    if made is None: return out
     out._made, out._post_accumulate_grad_hooks = made, _hooks # as register_post_accumulate_grad_hook does, without a handle
     if out.ndim == 0: out.backward, out.register_hook = made.backward, made.register_hook
     return out
@@ -258,14 +264,13 @@ class Module:
         if any(isinstance(p, Tensor) and p.requires_grad for p in parts):
             raise TypeError(f'{self}: an input is a {type(value).__name__} of tensors that want gradients; hand them over one by one')
 
-    def _asking(self):
-        "The parameters that ask for a gradient: a layer's own, unless it holds a list, dict or module, which may hold some, too"
+    def _own(self):
+        "The layer's parameters: in its attributes, and if one of these is a list, dict or module, which may hold some, too, further down"
         params = []
         for value in vars(self).values():
             if isinstance(value, Tensor):
-                if isinstance(value, nn.Parameter) and value.requires_grad: params.append(value)
-            elif isinstance(value, (list, tuple, dict, Module, nn.Module)) and value is not self._forward_hooks:
-                return [p for p in self.parameters() if p.requires_grad]
+                if isinstance(value, nn.Parameter): params.append(value)
+            elif isinstance(value, (list, tuple, dict, Module, nn.Module)) and value is not self._forward_hooks: return [*self.parameters()]
         return params
 
     def forward(self, *inputs):
