@@ -9,13 +9,15 @@ import argparse
 import datetime
 import json
 import os
-import subprocess
 import time
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 from tqdm import tqdm
+
+from miniai.data import mnist
+from run import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 WHY = json.loads((Path(__file__).parent / 'slowest_cells.json').read_text())
@@ -25,12 +27,11 @@ LONG = 3 # seconds, from which on a cell needs a reason
 def timed(path):
     "Seconds of each code cell, the first with the start of the kernel"
     nb = nbformat.read(path, 4)
-    code = [c for c in nb.cells if c.cell_type == 'code' and c.source.strip()]
     client = NotebookClient(nb, timeout=1200, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
     spent = []
     with client.setup_kernel():
         for i, cell in enumerate(nb.cells):
-            if cell not in code or cell.source.startswith('#| slow'): continue
+            if cell.cell_type != 'code' or not cell.source.strip() or cell.source.startswith('#| slow'): continue
             start = time.perf_counter()
             client.execute_cell(cell, i)
             spent.append((time.perf_counter() - start, cell))
@@ -60,13 +61,12 @@ def main():
         total += seconds
         rows.append(f'| {path.relative_to(ROOT / "nbs")} | {seconds:.1f} | {longest:.1f} | {longest/seconds:.0%} | `#{cell.id}` '
                     f'`{first_line(cell.source)}` | {why} |')
-    data = 'the whole data' if os.environ.get('MINIAI_DATA') and os.environ.get('MINIAI_SAMPLE') != '1' else 'the sample'
+    data = 'the whole data' if len(mnist().train.x) == 50_000 else 'the sample'
     load = f'load average {before:.1f} before, {os.getloadavg()[0]:.1f} after'
-    head = subprocess.check_output(['git', '-C', str(ROOT), 'log', '-1', '--format=%h'], text=True).strip()
     text = '\n'.join(['# Time of the notebooks', '',
                       f'Each from the first cell to the last in a kernel of its own, one at a time, one thread, on {data}; '
                       f'{total:.0f} s in all. '
-                      f'miniai at {head}; {datetime.date.today()}; {load}.', '',
+                      f'miniai at {commit()}; {datetime.date.today()}; {load}.', '',
                       '| notebook | s | slowest cell, s | share | its id and first line | why it takes that long |',
                       '|---|--:|--:|--:|---|---|', *rows, ''])
     if not args.only: (Path(__file__).parent / 'results/notebooks.md').write_text(text)

@@ -138,12 +138,13 @@ def _arrived(t):
 
 
 class _Hooks(OrderedDict):
-    "The hooks of every output of ours: `_arrived`, and no other"
+    "The hooks of a tensor that a layer of ours made: the one it is given at first, and no other"
     def __setitem__(self, key, hook):
         if self: raise RuntimeError('an output of our layers takes no post-accumulate hook; use register_hook')
         super().__setitem__(key, hook)
 
 def _arrived_inside(t):
+    "Autograd has reached a tensor from inside a chain, from where there is no way on"
     raise RuntimeError(f'a tensor of shape {tuple(t.shape)} from inside a Sequential was used outside; take it with register_forward_hook')
 
 _hooks, _inside = _Hooks(ours=_arrived), _Hooks(ours=_arrived_inside)
@@ -168,18 +169,7 @@ class _AutogradNode(torch.autograd.Function):
         finally:
             for p, g in zip(params, kept): p.grad = g
 
-# %% ../nbs/02_module.ipynb #a9cf99fa
-def _members(value, name):
-    "The modules and parameters in `value`, which may be a list, tuple or dict of them, with their dotted names"
-    if isinstance(value, (Module, nn.Module, nn.Parameter)): yield name, value
-    elif isinstance(value, (list, tuple)):
-        for i, v in enumerate(value): yield from _members(v, f'{name}.{i}')
-    elif isinstance(value, dict):
-        for k, v in value.items(): yield from _members(v, f'{name}.{k}')
-    elif isinstance(value, (set, frozenset, deque)) and any(isinstance(v, (Module, nn.Module, nn.Parameter)) for v in value):
-        raise TypeError(f'{name}: put modules and parameters into a list, tuple or dict, not a {type(value).__name__}')
-
-
+# %% ../nbs/02_module.ipynb #9edbe51d
 _watched = operator.attrgetter('grad_fn', '_backward_hooks', '_post_accumulate_grad_hooks')
 _NOTHING, _OURS = (None, None, None), (None, None, _hooks) # on a leaf that no hook waits on, and on an output of ours
 
@@ -234,6 +224,17 @@ def _record(layers, inputs):
     out._made, out._post_accumulate_grad_hooks = made, _hooks # as register_post_accumulate_grad_hook does, without a handle
     if out.ndim == 0: out.backward, out.register_hook = made.backward, made.register_hook
     return out
+
+# %% ../nbs/02_module.ipynb #a9cf99fa
+def _members(value, name):
+    "The modules and parameters in `value`, which may be a list, tuple or dict of them, with their dotted names"
+    if isinstance(value, (Module, nn.Module, nn.Parameter)): yield name, value
+    elif isinstance(value, (list, tuple)):
+        for i, v in enumerate(value): yield from _members(v, f'{name}.{i}')
+    elif isinstance(value, dict):
+        for k, v in value.items(): yield from _members(v, f'{name}.{k}')
+    elif isinstance(value, (set, frozenset, deque)) and any(isinstance(v, (Module, nn.Module, nn.Parameter)) for v in value):
+        raise TypeError(f'{name}: put modules and parameters into a list, tuple or dict, not a {type(value).__name__}')
 
 
 class Module:
