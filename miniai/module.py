@@ -60,11 +60,11 @@ class _Made:
 
     def look_closer(self, layer, seen, states):
         "Refuse in words what makes a gradient wrong; a hook that came and went does not, and autograd runs its own"
-        for t, (version, hooks) in zip(seen, states):
+        for t, (version, _) in zip(seen, states):
             what = f'{layer}: a tensor of shape {tuple(t.shape)} that its backward needs'
             if t._version != version:
                 raise RuntimeError(f'{what} was changed in place after the forward pass. Write to a clone, or call backward() first')
-            if t._backward_hooks and not hooks and not self.by_autograd:
+            if t._backward_hooks and not self.by_autograd:
                 raise RuntimeError(f'{what} got a hook after the forward pass. Register it before')
 
     def backward(self,
@@ -177,7 +177,7 @@ _NOTHING, _OURS = (None, None, None), (None, None, _hooks) # on a leaf that no h
 def _needs_autograd(t):
     "Has autograd made `t`, or does somebody's hook wait on it?"
     made_by, hooks, later_hooks = _watched(t)
-    if hooks is not None and not hooks: t._backward_hooks = None # the empty table that a removed hook leaves
+    if not hooks: t._backward_hooks = None # the empty table that a removed hook leaves
     return made_by is not None or bool(hooks) or bool(later_hooks) and later_hooks is not _hooks
 
 
