@@ -4,7 +4,7 @@
     python scripts/run_tests.py                     everything
     python scripts/run_tests.py --only 00 04        the notebooks whose names begin so, solutions too; no tests
     python scripts/run_tests.py --only 00 --chapters    the same without solutions
-    python scripts/run_tests.py --only 08 --slow    with the long trainings, cells flagged `#| slow`, which are left out otherwise
+    python scripts/run_tests.py --only 10 --slow    with the long trainings, cells flagged `#| slow`, which are left out otherwise
 
 nbdev_test alone counts nothing, has no time-out, and is content when no notebook matches; so each notebook gets an
 nbdev_test process of its own, and only one that was seen to start, to complete and to run code counts as passed.
