@@ -54,7 +54,7 @@ def assert_same(
     atol:float,           # allowed difference, absolute
     source:str='theirs',  # where `want` comes from: the end of the message
 ):
-    "`AssertionError` naming the worst entry unless shape, dtype and entries agree; NaN never passes"
+    "`AssertionError` naming the worst entry unless shape, dtype, entries agree; NaN never passes"
     def fail(got, expected, at=''):
         raise AssertionError(f'{what}: {at}got {got}, expected {expected} ({source})')
     if not isinstance(got, Tensor): fail(repr(got), f'a tensor of shape {tuple(want.shape)}')
@@ -81,7 +81,7 @@ def _autograd(func, args):
 
 def check_grads(
     func:Callable,            # takes `args`, returns one float64 number
-    args:Sequence,            # arguments, away from kinks; float64 tensors are differentiated by
+    args:Sequence,            # its arguments, away from kinks; gradients are by the float64 tensors
     grads:Sequence|None=None, # one per argument, `None` skips it; left out: autograd's are checked
     *,
     rtol:float=1e-6,          # allowed against central differences, relative to the expected entry
