@@ -232,6 +232,11 @@ def test_works_under_no_grad_and_leaves_the_arguments_alone():
     assert torch.equal(kept, x) and not kept.requires_grad and kept.grad is None
 
 
+@pytest.mark.parametrize('t', [x, x.clone().requires_grad_()])
+def test_autograd_rejects_a_func_that_changes_its_argument(t):
+    says(RuntimeError, 'leaf', check_grads, lambda t: t.mul_(2).sum(), [t])
+
+
 @pytest.mark.parametrize('error, text, func, args, grads', [
     (TypeError, 'got one tensor: write [x]', cube, x, [3*x**2]),
     (ValueError, '2 gradients for 1 arguments', cube, [x], [3*x**2, None]),
