@@ -65,7 +65,7 @@ def assert_same(
     excess = excess.nan_to_num(nan=torch.inf).masked_fill(g == e, -1)  # equal infinities are fine
     if not (excess > 0).any(): return
     at = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
-    fail(g[at].item(), e[at].item(), f'worst at index {at}: ')
+    fail(got[at].item(), want[at].item(), f'worst at index {at}: ')
 
 # %% ../nbs/01_forward_backward.ipynb #65895282
 def _autograd(func, args):

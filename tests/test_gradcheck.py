@@ -123,7 +123,7 @@ def test_equal_passes():
     (tensor([1., torch.nan]), tensor([1., torch.nan]), 9, 9, 'index (1,): got nan, expected nan'),
     (tensor([1., torch.nan]), tensor([9., 2.]), 0, 0, 'index (1,): got nan, expected 2.0'),
     (tensor([1., 2.]), tensor([1., torch.nan]), 9, 9, 'index (1,): got 2.0, expected nan'),
-    (tensor(2), tensor(3), 0, 0, 'index (): got 2.0, expected 3.0'),
+    (tensor(2), tensor(3), 0, 0, 'index (): got 2, expected 3'),
     (one[0], one, 9, 9, 't: got shape (3,), expected (2, 3)'),
     (one[:1], one, 9, 9, 't: got shape (1, 3), expected (2, 3)'),
     (one.float(), one, 9, 9, 't: got torch.float32, expected torch.float64'),
