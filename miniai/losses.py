@@ -37,7 +37,8 @@ _INTEGERS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 def _pick(values, target):
     "From each example of `values` `(n,c)` the number at its label in `target` `(n,)`: `(n,)`"
     if target.dtype not in _INTEGERS:
-        raise TypeError(f'target has {target.dtype}; labels must be integers: use target.long()')
+        raise TypeError(f'target has dtype {target.dtype}; labels must be integers: '
+                        'use target.long()')
     if values.ndim != 2 or target.shape != values.shape[:1] or not len(values):
         raise ValueError(f'input has shape {tuple(values.shape)} and target {tuple(target.shape)}; '
                          'required are (n, c) and (n,), one label per example and n at least 1. '

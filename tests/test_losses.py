@@ -118,10 +118,10 @@ def test_a_byte_label_of_200():
 
 
 wrong = {
-    'float': (lambda: (z64, y.float()), TypeError, r'target has torch.float32; labels must be integers: use target.long\(\)'),
-    'double': (lambda: (z64, y.double()), TypeError, 'target has torch.float64'),
-    'bool': (lambda: (z64, y > 1), TypeError, 'target has torch.bool'),
-    'probabilities': (lambda: (z64, torch.softmax(z64, -1)), TypeError, 'target has torch.float64'),
+    'float': (lambda: (z64, y.float()), TypeError, r'target has dtype torch.float32; labels must be integers: use target.long\(\)'),
+    'double': (lambda: (z64, y.double()), TypeError, 'target has dtype torch.float64'),
+    'bool': (lambda: (z64, y > 1), TypeError, 'target has dtype torch.bool'),
+    'probabilities': (lambda: (z64, torch.softmax(z64, -1)), TypeError, 'target has dtype torch.float64'),
     'list': (lambda: (z64, y.tolist()), (AttributeError, TypeError), 'dtype|tensor'),
     'column': (lambda: (z64, y[:, None]), ValueError, r'target \(5, 1\).* use target.squeeze\(1\)'),
     'one_hot': (lambda: (z64, F.one_hot(y)), ValueError, r'target \(5, 4\)'),
