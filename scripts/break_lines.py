@@ -37,6 +37,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 SHARE = 95          # per cent that must be caught
@@ -445,18 +446,26 @@ def copied(root, tmp, place=None):
 
 class Children:
     "The processes that are running, each in a group of its own, so that all can be ended"
-    running, stopped = set(), False
+    running, stopped, lock = set(), False, Lock()
 
     @classmethod
-    def end_all(cls):
-        cls.stopped = True
-        for proc in list(cls.running): cls.end(proc)
+    def start(cls, *args, **kwargs):
+        with cls.lock: # so that `end_all` misses none
+            if cls.stopped: raise RuntimeError('no more processes are started')
+            proc = subprocess.Popen(*args, **kwargs, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)
+            cls.running.add(proc)
+            return proc
 
     @classmethod
     def end(cls, proc):
         with suppress(ProcessLookupError, PermissionError): os.killpg(proc.pid, signal.SIGKILL)
         proc.wait()
         cls.running.discard(proc)
+
+    @classmethod
+    def end_all(cls):
+        with cls.lock: cls.stopped = True
+        for proc in list(cls.running): cls.end(proc)
 
 
 class Check(NamedTuple):
@@ -472,11 +481,8 @@ class Check(NamedTuple):
         if notebook: args = [Path(__file__).resolve(), '--run-cells', copy/self.files[0]]
         else: args = ['-m', 'pytest', '-x', '-q', '-rfE', '-p', 'no:cacheprovider', *self.files]
         with tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace') as out:
-            if Children.stopped: return 'stopped'
-            proc = subprocess.Popen([sys.executable, *map(str, args)], cwd=(copy/self.files[0]).parent if notebook else copy, stdout=out,
-                                    env=environment(copy), stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)
-            Children.running.add(proc)
-            late = False
+            where = (copy/self.files[0]).parent if notebook else copy
+            proc, late = Children.start([sys.executable, *map(str, args)], cwd=where, env=environment(copy), stdout=out), False
             try: proc.wait(self.timeout)
             except subprocess.TimeoutExpired: late = True
             Children.end(proc)
