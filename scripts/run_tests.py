@@ -209,7 +209,7 @@ def main():
     parser.add_argument('--only', nargs='+', metavar='NN', help='only the notebooks whose names begin so, and no tests')
     parser.add_argument('--slow', action='store_true', help='cells flagged `#| slow` too; some take minutes')
     parser.add_argument('--jobs', type=int, default=min(2, os.cpu_count() or 1), help='processes at a time (%(default)s)')
-    parser.add_argument('--timeout', type=float, default=600, metavar='S', help='seconds for a notebook, a third of the tests\' (%(default)g)')
+    parser.add_argument('--timeout', type=float, default=600, metavar='S', help='seconds for a notebook; the tests have 3 S (%(default)g)')
     args = parser.parse_args()
     os.chdir(root)
     paths = notebooks(args.only)
