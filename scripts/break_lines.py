@@ -620,7 +620,7 @@ def try_all(args, tmp, pool, checks, numbered, reasons):
     tried, outcomes = {k: p for k, p in numbered.items() if checks[p.notebook]}, []
     for (k, p), (name, failure) in zip(tried.items(), pool.map(attempt, tried.values())):
         outcomes.append((p, name, reasons.get((p.module, p.before, p.after), '')))
-        outcome = f'caught by {name}: {failure[:100]}' if name else 'SURVIVED'
+        outcome = f'caught by {name}: {failure.removeprefix(name + "::")[:100]}' if name else 'SURVIVED'
         print(f'{k:>3}  {p.module}:{p.line}  {p.function}, {p.kind}: {outcome}\n     - {p.before}\n     + {p.after}', flush=True)
     lines, bad = summary(outcomes)
     print('', *lines, sep='\n')

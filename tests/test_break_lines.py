@@ -103,7 +103,7 @@ def test_a_break_that_only_the_tests_notice_is_caught_in_the_broken_copy(tmp_pat
     root = tree(tmp_path/'t', '0', tests=tests)
     code, said = run(root, '--per-chapter', '0', '--only', '1', '11', PYTHONPATH=str(root))   # where the unbroken original lies, too
     assert code == 0 and 'caught 2 of 2 (100.0 %): 2 by tests/test_half.py' in said, said
-    assert 'return x' in said and 'caught by tests/test_half.py: tests/test_half.py::test_half' in said
+    assert 'return x' in said and 'caught by tests/test_half.py: test_half - ' in said
 
 
 def test_notebook_and_tests_share_the_work(tmp_path):
@@ -126,7 +126,7 @@ def test_a_check_that_fails_unbroken_is_not_used(tmp_path):
     assert code == 1 and 'caught 2 of 2' in said and 'these checks fail unbroken: tests/test_half.py' in said
 
 
-@pytest.mark.parametrize('cell,words', [('import time; time.sleep(600)', 'timed out after 2 s; cell 4 #bbb2'),
+@pytest.mark.parametrize('cell,words', [('import time; time.sleep(600)', 'timed out after 2 s; '),
                                         ('import os; os._exit(0)', 'ended with status 0; cell 4 #bbb2')])
 def test_a_run_that_does_not_end_by_itself_fails(tmp_path, cell, words):
     root = tree(tmp_path/'t', cell)
