@@ -15,6 +15,7 @@ import miniai
 root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root / 'scripts'))
 from chapter_form import Chapter  # noqa: E402
+from make_course_map import PARTS, PLANNED  # noqa: E402
 
 nbs = sorted(p for p in (root / 'nbs').rglob('*.ipynb') if not any(x.startswith(('.', '_')) for x in p.relative_to(root).parts))
 chapters = [p for p in nbs if re.match(r'\d\d_', p.name) and p.parent == root / 'nbs']
@@ -93,6 +94,11 @@ def test_readme_names_what_exists():
     links = {m for m in re.findall(r'\]\(([^)\s#]+)', readme) if not re.match(r'[a-z]+:', m)}
     assert [m for m in links if not (root / m).exists()] == []
     assert [p.name for p in chapters if f'nbs/{p.name}' not in links] == [], 'chapters that the README does not link'
+
+
+def test_every_chapter_is_on_the_map():
+    drawn = [number for *_, numbers in PARTS for number in numbers]
+    assert sorted(drawn) == sorted([*PLANNED, *(p.name[:2] for p in chapters)]), 'change scripts/make_course_map.py and run it'
 
 
 def test_workflow_runs_only_what_ci_run_runs():
