@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run pytest over tests/ and `nbdev_test` over every notebook, side by side, and count what ran.
+"""Run pytest over every file of tests and `nbdev_test` over every notebook, two at a time, and count what ran.
 
     python scripts/run_tests.py                     everything
     python scripts/run_tests.py --only 00 04        the notebooks whose names begin so, solutions too; no tests
@@ -7,7 +7,7 @@
 
 nbdev_test alone counts nothing, has no time-out, and succeeds when no notebook matches; so each notebook gets an
 nbdev_test process of its own, and only one that was seen to start, to complete and to run code counts as passed.
-The tests are one process. It starts first, since it takes longest; the notebooks run beside it.
+Each file of tests is a process of its own, too; the largest files start first.
 What is skipped is named. The last line reads `full: 12 passed, 0 failed`, where the first word names the data:
 
     MINIAI_SAMPLE=1     the sample in the package
@@ -161,12 +161,10 @@ class Notebook:
 
 
 class Tests:
-    "All of tests/, run by pytest in one process"
-    name = 'tests'
-
-    def __init__(self, folder, timeout):
-        self.timeout, self.xml = timeout, Path(folder) / 'tests.xml'
-        self.args = [sys.executable, '-m', 'pytest', root / 'tests', '-q', '-p', 'no:cacheprovider', '--junitxml', self.xml]
+    "One file of tests, run by pytest"
+    def __init__(self, path, timeout, folder):
+        self.name, self.timeout, self.xml = str(path.relative_to(root)), timeout, Path(folder) / f'{path.stem}.xml'
+        self.args = [sys.executable, '-m', 'pytest', path, '-q', '-p', 'no:cacheprovider', '--junitxml', self.xml]
 
     def outcome(self, child, results):
         "`(state, note, output to show)`; adds every test to `results`"
@@ -177,7 +175,7 @@ class Tests:
             seen[state].append(f'{case.get("classname")}.{case.get("name")}')
         note = ', '.join(f'{len(names)} {state}' for state, names in seen.items() if names)
         if (child.code and not seen['failed']) or not note:
-            seen['failed'].append(f'pytest {ended(child) or "ended"} and reported {"no failure" if note else "nothing"}')
+            seen['failed'].append(f'{self.name} {ended(child) or "ended"} and reported {"no failure" if note else "nothing"}')
             note = seen['failed'][0]
         for state, names in seen.items(): results[state] += names
         return 'failed' if seen['failed'] else 'passed', note, child.text()
@@ -189,7 +187,7 @@ def ended(child):
 
 
 def run_all(todo, env, jobs, results):
-    "Run notebooks and tests, `jobs` at a time, in the order given"
+    "Run files of tests and notebooks, `jobs` at a time, in the order given"
     todo, running, width = list(todo), {}, max(len(job.name) for job in todo)
     while todo or running:
         while todo and len(running) < jobs:
@@ -209,7 +207,7 @@ def main():
     parser.add_argument('--only', nargs='+', metavar='NN', help='only the notebooks whose names begin so, and no tests')
     parser.add_argument('--slow', action='store_true', help='cells flagged `#| slow` too; some take minutes')
     parser.add_argument('--jobs', type=int, default=min(2, os.cpu_count() or 1), help='processes at a time (%(default)s)')
-    parser.add_argument('--timeout', type=float, default=600, metavar='S', help='seconds for a notebook; the tests have 3 S (%(default)g)')
+    parser.add_argument('--timeout', type=float, default=900, metavar='S', help='seconds for each of them (%(default)g)')
     args = parser.parse_args()
     os.chdir(root)
     paths = notebooks(args.only)
@@ -218,9 +216,10 @@ def main():
     if not nbdev_test.exists(): sys.exit(usage(f'{nbdev_test} is missing: run `sh scripts/setup.sh dev`'))
     data, results, start = choose_data(env), {'passed': [], 'failed': [], 'skipped': []}, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        tests = [] if args.only else [Tests(folder, 3 * args.timeout)]
-        print(f'{"the tests and " if tests else ""}{len(paths)} notebooks, {args.jobs} at a time', flush=True)
-        run_all([*tests, *(Notebook(p, args.timeout, args.slow) for p in paths)], env, args.jobs, results)
+        tests = [] if args.only else sorted((root / 'tests').glob('test_*.py'), key=lambda p: -p.stat().st_size)
+        print(f'{len(tests)} files of tests and {len(paths)} notebooks, {args.jobs} at a time', flush=True)
+        todo = [Tests(p, args.timeout, folder) for p in tests] + [Notebook(p, args.timeout, args.slow) for p in paths]
+        run_all(todo, env, args.jobs, results)
     print(f'{time.monotonic() - start:.0f} s in all')
     for state in 'skipped', 'failed':
         if results[state]: print(f'{state}: ' + ', '.join(results[state]))
