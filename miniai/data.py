@@ -279,7 +279,7 @@ def _load(s, sample, mirrors, folder, timeout):
     if env: raise DataUnavailable(f'{text}\nMINIAI_DATA is {env!r}, so no other place was tried. '
                                   'Put the files there (.gz or unpacked), or unset it.')
     text += ('\nTo get the full data set, connect to the internet and try again. Or put the files, '
-             f'.gz or unpacked, into a folder {s.folder}, and set MINIAI_DATA to the folder around it.')
+             f'.gz or unpacked, into {s.folder}/, and set MINIAI_DATA to the folder around it.')
     if not s.sample or sample is False: raise DataUnavailable(text)
     _tell_once('sample', f'Using the sample of 5,000 digits instead of {s.title}.\n{text}', 4)
     return _sample()
