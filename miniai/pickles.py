@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .data import Examples, Splits, unpack
+from .data import Examples, Splits, gunzip
 
 # %% ../nbs/70_untrusted_pickles.ipynb #32311f58
 class _Rejected(pickle.UnpicklingError):
@@ -98,7 +98,7 @@ def read_mnist_pickle(
     max_bytes:int=2**30, # the largest size allowed after unpacking
 )->Splits:               # as from `mnist`
     "Read the classic pickle and run no code from it; `UnpicklingError` names what was rejected"
-    parts = _load_numbers(unpack(Path(path).read_bytes(), max_bytes))
+    parts = _load_numbers(gunzip(Path(path).read_bytes(), max_bytes))
     try:
         train, valid, test = parts
         return Splits(*map(_pickled_examples, (train, valid, test)))

@@ -26,7 +26,7 @@ import pytest
 import torch
 
 import miniai.data as D
-from miniai.data import DataUnavailable, fashion_mnist, mnist, read_idx, show_images, unpack
+from miniai.data import DataUnavailable, fashion_mnist, gunzip, mnist, read_idx, show_images
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = os.environ.get('MINIAI_DATA')
@@ -529,14 +529,14 @@ def test_no_library_is_loaded_for_files_at_hand(tmp_path):
 
 # ---- IDX files, gzip
 
-def test_unpack():
+def test_gunzip():
     packed = gzip.compress(b'ten bytes.')
     for raw in packed, b'ten bytes.':
-        assert unpack(raw, 10) == b'ten bytes.'
-        with pytest.raises(ValueError, match='more than 9 bytes'): unpack(raw, 9)
+        assert gunzip(raw, 10) == b'ten bytes.'
+        with pytest.raises(ValueError, match='more than 9 bytes'): gunzip(raw, 9)
     for bad in packed[:-1], packed[:12] + b'?' + packed[13:]:
-        with pytest.raises(ValueError, match='broken gzip file'): unpack(bad)
-    with pytest.raises(ValueError, match=f'more than {LIMIT}'): unpack(BOMB)
+        with pytest.raises(ValueError, match='broken gzip file'): gunzip(bad)
+    with pytest.raises(ValueError, match=f'more than {LIMIT}'): gunzip(BOMB)
 
 KINDS = {np.uint8: 8, np.int8: 9, '>i2': 0xB, '>i4': 0xC, '>f4': 0xD, '>f8': 0xE}
 
