@@ -242,6 +242,14 @@ def test_address_that_swallows_connections(tmp_path, at_once):
         assert time.monotonic() - t < 10
         for c in fill: c.close()
 
+def test_the_limit_of_a_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(D, '_CAP', 10)
+    with D._Capped(tmp_path/'f', 'wb') as f:
+        f.write(b'6 byte')
+        f.write(b'ten.')
+        with pytest.raises(OSError, match='more than 10 bytes'): f.write(b'!')
+    assert (tmp_path/'f').read_bytes() == b'6 byteten.'
+
 def test_no_mirrors_means_no_downloads(tmp_path):
     with pytest.raises(DataUnavailable) as e: load([], tmp_path)
     assert 'Mirrors tried' not in str(e.value) and 'MINIAI_DATA' in str(e.value)
