@@ -151,12 +151,12 @@ def dead_url():
 
 def stored(folder): return sorted(p.name for p in (folder/'tiny').glob('*'))
 
-def code(folder, mirrors, prelude=''):
+def code(folder, mirrors, prelude='', timeout=5):
     "A program for another process that loads the small set and prints a sum"
     args = json.dumps([SHA, mirrors, str(folder)])
     return '\n'.join([f'import json, sys; sys.path.insert(0, {str(ROOT)!r}); from miniai import data as D', prelude,
                       f'sha, mirrors, folder = json.loads({args!r})', 's = D._Set("Tiny", "tiny", sha, (), 40, False)',
-                      'print(D._load(s, False, mirrors, folder, 5.).train.x.sum().item())'])
+                      f'print(D._load(s, False, mirrors, folder, {timeout}).train.x.sum().item())'])
 
 def run(program, **kw):
     return subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=120, **kw)
@@ -375,11 +375,16 @@ def test_the_file_appears_complete(tmp_path, monkeypatch):
     assert seen == [(b'all bytes', tmp_path, False)]
 
 def test_two_processes_at_once(serve, tmp_path):
-    s = serve(slow)
-    program = [sys.executable, '-c', code(tmp_path, [s.url])]
+    "Each file is served when both have asked for it, so both download and store it; their stderr stays empty"
+    meet = threading.Barrier(2)
+    def together(h, body):
+        meet.wait(60)
+        good(h, body)
+    s = serve(together)
+    program = [sys.executable, '-c', code(tmp_path, [s.url], timeout=60)]
     ps = [subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in '12']
     assert [(p.communicate(timeout=120), p.returncode) for p in ps] == [((SUM, ''), 0)]*2
-    assert len(s.asked) > 4 and stored(tmp_path) == sorted(BODIES)
+    assert len(s.asked) == 8 and stored(tmp_path) == sorted(BODIES)
     check(load([], tmp_path))
 
 def test_file_in_the_folder_s_place(serve, tmp_path):
