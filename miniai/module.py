@@ -216,5 +216,5 @@ class Residual(Module):
 
     def forward(self, x):
         out = self.layer(x)
-        if out.shape != x.shape: raise ValueError(f'Residual: shape {[*x.shape]} became {[*out.shape]}')
+        if out.shape != x.shape: raise ValueError(f'Residual: {[*x.shape]} became {[*out.shape]}')
         return x + out
