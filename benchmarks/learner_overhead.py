@@ -3,8 +3,8 @@
 
 The same network, loader, optimiser and validation pass, one epoch each in turn within one process, in a new random order each round, on a
 terminal of its own, so that each tool shows the progress that a user sees. Writes `results/learner_overhead.md`: for each trainer the
-median ratio to the bare loop with the same layers, with its spread. The aims: at most 1.05 without callbacks, at most 1.10 with accuracy, progress
-and a record of every batch.
+median ratio to the bare loop with the same layers, with its spread. The aims: at most 1.05 without callbacks, at most 1.10 with
+accuracy, progress and a record of every batch.
 """
 import job as common  # first: it sets the process to one thread
 
