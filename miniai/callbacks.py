@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 
 from .learner import Callback, CancelFit, CancelStep, random_state, set_random_state
-from .module import Module
 from .training import _check_loss_func
 
 # %% ../nbs/08_callbacks.ipynb #8ecd33dc
@@ -320,8 +319,7 @@ class DeviceCB(Callback):
 
 def _tensors(model)->list:
     "Every parameter and buffer, each once"
-    buffers = [b for m in model.modules() if hasattr(m, 'buffers') for b in m.buffers(recurse=False)]
-    return [*model.parameters(), *{id(b): b for b in buffers}.values()]
+    return [*model.parameters(), *model.buffers()]
 
 # %% ../nbs/08_callbacks.ipynb #08ecb688
 class RecorderCB(Callback):
@@ -615,8 +613,7 @@ class ProgressCB(Callback):
 def _kept(learn):
     "Restore parameters, buffers, gradients and random generators afterwards, also after an error"
     params = [(p, p.detach().clone(), p.grad) for p in learn.model.parameters()]
-    holders = [m for m in learn.model.modules() if hasattr(m, 'named_buffers')]
-    buffers = [(m, name, b, b.clone()) for m in holders for name, b in m.named_buffers(recurse=False)]
+    buffers = [(m, name, b, b.clone()) for m in learn.model.modules() for name, b in m.named_buffers(recurse=False)]
     random = random_state(learn.dls)
     try:
         for p, *_ in params: p.grad = None
@@ -1007,10 +1004,6 @@ class MixedPrecisionCB(Callback):
     ): self.dtype, self.scaler, self._saved, self._cast, self._loss = dtype, None, None, None, None
 
     def before_fit(self, learn):
-        ours = sorted({type(m).__name__ for m in (*learn.model.modules(), learn.loss_func) if isinstance(m, Module)})
-        if ours:
-            raise TypeError(f"MixedPrecisionCB: {', '.join(ours)} of miniai have a backward pass for one type of numbers; use torch.nn's, "
-                            'or leave this callback out (a whole net of ours can be moved to 16 bits with model.to(torch.bfloat16))')
         self._type = next(learn.model.parameters()).device.type
         self._dtype = self.dtype or (torch.float16 if self._type == 'cuda' else torch.bfloat16)
         if self._dtype == torch.float16 and self.scaler is None: self.scaler = torch.amp.GradScaler(self._type)
