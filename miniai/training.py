@@ -130,8 +130,7 @@ class BatchSampler:
     ):
         self.data_source, self.batch_size = data_source, operator.index(batch_size)
         self.shuffle, self.drop_last, self.generator = shuffle, drop_last, generator
-        if self.batch_size < 1:
-            raise ValueError(f'BatchSampler: batch_size is {batch_size}, needs 1 or more')
+        if self.batch_size < 1: raise ValueError(f'batch_size is {batch_size}, needs 1 or more')
 
     def __len__(self):
         batches, rest = divmod(len(self.data_source), self.batch_size)
@@ -198,7 +197,7 @@ def _check_loss_func(loss_func):
     options = getattr(loss_func, 'keywords', {}) # of a functools.partial
     reduction = getattr(loss_func, 'reduction', options.get('reduction', 'mean'))
     if reduction != 'mean':
-        raise ValueError(f"reduction={reduction!r}: batches are weighted by size, use 'mean'")
+        raise ValueError(f"reduction={reduction!r}, needs 'mean': batches are weighted by size")
 
 # %% ../nbs/04_minibatch_training.ipynb #96f95c87
 def get_dls(
@@ -206,10 +205,9 @@ def get_dls(
     valid_ds,  # validation examples
     bs:int=64, # examples per training batch; validation batches are twice as large
     generator:torch.Generator|None=None, # source of the training orders; None: the global seed
-    num_workers:int|None=None, # None: `ds[tensor]` returns a batch. A number, for datasets where
-                               # `ds[int]` returns one example: that many processes load them
+    num_workers:int|None=None, # None: `ds[tensor]` is a batch; a number: `ds[int]` is an example
 )->tuple:      # training loader, shuffled anew in each epoch, and validation loader, in order
-    "The two loaders for `fit`: ours, or PyTorch's if `num_workers` is a number (0: this process)"
+    "The loaders for `fit`: ours, or PyTorch's with `num_workers` processes (0: this one)"
     bs = operator.index(bs)
     if num_workers is None: loader, options = DataLoader, {}
     else: loader, options = ItemLoader, {'num_workers': num_workers}
@@ -239,23 +237,21 @@ def _mean_loss(losses, sizes, who, batch)->float:
     losses = torch.stack(losses).tolist()
     for i, l in enumerate(losses):
         if not math.isfinite(l):
-            raise FloatingPointError(f'{who}: the loss became {l} in {batch} {i}, counted from 0; '
-                                     'is the learning rate too large, or the batch bad?')
+            raise FloatingPointError(f'{who}: the loss became {l} in {batch} {i} (counted from 0); '
+                                     'try a smaller learning rate, or look for bad values in it')
     return sum(l * k for l, k in zip(losses, sizes)) / sum(sizes)
 
 
 def _check_shapes(out, yb):
-    "`ValueError` for outputs and targets that would broadcast, such as `(n,1)` and `(n,)`"
-    if not all(isinstance(t, Tensor) and t.is_floating_point() for t in (out, yb)): return
-    if out.shape != yb.shape and out.squeeze().shape == yb.squeeze().shape and len(yb) > 1:
+    floats = all(isinstance(t, Tensor) and t.is_floating_point() for t in (out, yb))
+    if floats and out.shape != yb.shape and out.squeeze().shape == yb.squeeze().shape != ():
         raise ValueError(f'fit: outputs {tuple(out.shape)} and targets {tuple(yb.shape)} would '
                          'broadcast; make the shapes equal, for example with .squeeze(1)')
 
 
 def _check_grads(opt):
-    params = [p for g in opt.param_groups for p in g['params']]
-    if all(p.grad is None for p in params):
-        raise ValueError('fit: the optimiser has no gradient; was it made for another model?')
+    if all(p.grad is None for g in opt.param_groups for p in g['params']):
+        raise ValueError('fit: no parameter of opt has a gradient; was opt made for another model?')
 
 # %% ../nbs/04_minibatch_training.ipynb #6c443464
 def fit(
@@ -274,7 +270,7 @@ def fit(
     hidden = None if progress and sys.stderr is not None else True # None: shown in terminals only
     if epochs < 0: raise ValueError(f'fit: epochs is {epochs}, needs 0 or more')
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError('fit: no parameter of the model requires grad, so nothing can be trained')
+        raise ValueError('fit: no parameter of the model requires grad: nothing can be trained')
     _check_loss_func(loss_func)
     make_record, records, first = _record_type(metric), [], True
     opt.zero_grad()
@@ -294,7 +290,7 @@ def fit(
                 sizes.append(len(yb))
                 first = False
         if not losses:
-            raise ValueError(f'fit: no batch in epoch {epoch}; is train_dl empty, or a used generator?')
+            raise ValueError(f'fit: no batch in epoch {epoch}; is train_dl empty (drop_last?) or used up?')
         train_loss = _mean_loss(losses, sizes, 'fit', f'epoch {epoch} at batch')
         valid_loss, score = evaluate(model, loss_func, valid_dl, metric)
         seconds = time.perf_counter() - start
