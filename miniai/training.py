@@ -251,7 +251,7 @@ def _check_shapes(out, yb):
 
 def _check_grads(opt):
     if all(p.grad is None for g in opt.param_groups for p in g['params']):
-        raise ValueError('fit: no parameter of opt has a gradient; was opt made for another model?')
+        raise ValueError('fit: no parameter of opt has a gradient; was it made for another model?')
 
 # %% ../nbs/04_minibatch_training.ipynb #6c443464
 def fit(
@@ -290,7 +290,7 @@ def fit(
                 sizes.append(len(yb))
                 first = False
         if not losses:
-            raise ValueError(f'fit: no batch in epoch {epoch}; is train_dl empty (drop_last?) or used up?')
+            raise ValueError(f'fit: no batch in epoch {epoch}; is train_dl empty, short or used up?')
         train_loss = _mean_loss(losses, sizes, 'fit', f'epoch {epoch} at batch')
         valid_loss, score = evaluate(model, loss_func, valid_dl, metric)
         seconds = time.perf_counter() - start
