@@ -195,7 +195,8 @@ def test_every_bad_example_is_counted(seed):
     spoiled = scores.masked_fill(nan, torch.nan)
     for ours in family(5):
         with pytest.raises(ValueError, match=f'{ours.name}: {bad.sum()} of 97 lab'): over(ours, scores, labels.where(~bad, wild), size=10)
-        with pytest.raises(ValueError, match=f'{ours.name}: {nan.any(1).sum()} of 97 examples have NaN'): over(ours, spoiled, labels, size=10)
+        with pytest.raises(ValueError, match=f'{ours.name}: {nan.any(1).sum()} of 97 examples have NaN'):
+            over(ours, spoiled, labels, size=10)
         with pytest.raises(ValueError, match=f'{bad.sum()} of 97 labels'): over(ours, spoiled, labels.where(~bad, wild), size=10)
         over(ours, scores, labels)                               # reset clears the count
 
