@@ -186,7 +186,7 @@ class Momentum(Optimizer):
         nesterov:bool=False,  # step along the next sum, assuming the same gradient again?
         *,
         maximize:bool=False,  # increase the objective?
-        foreach:bool|None=None, differentiable:bool=False, fused:bool|None=None, # as in the twin: the first has no effect, the others must be off
+        foreach:bool|None=None, differentiable:bool=False, fused:bool|None=None, # the first has no effect, the others must be off
     ):
         super().__init__(params, dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
                                       maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused))
