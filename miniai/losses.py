@@ -7,7 +7,6 @@ __all__ = ['logsumexp', 'log_softmax', 'nll', 'cross_entropy', 'CrossEntropyLoss
 
 # %% ../nbs/03_cross_entropy.ipynb #fee20a47
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .module import Module
@@ -87,6 +86,6 @@ class CrossEntropyLoss(Module):
     def bwd(self, grad, out, input, target, probs):
         n, c = probs.shape
         eps = self.label_smoothing
-        t = (1 - eps)*F.one_hot(target.long(), c).to(probs.dtype) + eps/c
+        t = torch.full_like(probs, eps/c).scatter_(1, target.long()[:, None], 1 - eps + eps/c)
         scale = grad/n if self.reduction == 'mean' else grad
         return scale*(probs - t), None
