@@ -177,7 +177,7 @@ def _transfer(url, timeout):
     for attempt in 1, 2:
         memory = _Capped()
         try:
-            download(url, memory, None)
+            download(url, memory, None)  # None: we keep no list of files in `pooch`
             return memory.getvalue()
         except OSError:
             if attempt == 2: raise
