@@ -38,7 +38,9 @@ def directive(source, name):
 def definitions(source):
     "The public functions and classes that a cell of code defines"
     tree = ast.parse('\n'.join('' if re.match(r'\s*[%!?]', line) else line for line in source.splitlines()))
-    return [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_')]
+    names = [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    names += [t.id for n in tree.body if isinstance(n, ast.Assign) and re.match(r'namedtuple|NamedTuple', ast.unparse(n.value)) for t in n.targets]
+    return [n for n in names if not n.startswith('_')]
 
 
 class Notebook:
@@ -143,6 +145,7 @@ class Stage:
         if nb.path.parent == nbs and solution.exists(): links.append(f'[Solutions](solutions/{nb.path.name})')
         if nb.path.parent != nbs: links.append(f'[The chapter](../{nb.path.name})')
         if nb.module: links.append(f'[API](api/{nb.module}.md)')
+        if not nb.number: links.append('[API](api/index.md)')
         return '```{rst-class} page-links\n```\n\n' + ' · '.join([*links, f'[Notation and terms]({up}notation.md)'])
 
     def code_cell(self, cell, nb):
@@ -172,7 +175,7 @@ class Stage:
             if c['cell_type'] == 'code': cells += self.code_cell(c, nb)
             else: cells.append(dict(c, source=self.markdown(text(c['source']), nb, names)))
         title, _, rest = cells[0]['source'].partition('\n')
-        cells[0]['source'] = f'({nb.label})=\n{title}\n\n' + (self.top(nb) + '\n' if nb.number else '') + rest
+        cells[0]['source'] = f'({nb.label})=\n{title}\n\n' + self.top(nb) + '\n' + rest
         if nb.name == 'index.ipynb': cells.append(dict(cell_type='markdown', id='contents', metadata={}, source=self.contents()))
         path = self.out / nb.name
         path.parent.mkdir(exist_ok=True)
