@@ -34,6 +34,7 @@ python_maximum_signature_line_length = 80
 add_module_names = False
 
 html_theme = 'furo'
+pygments_dark_style = 'github-dark'
 html_title = project
 html_static_path = ['_static', os.environ['MINIAI_MATHJAX']]   # the second is the folder of tex-svg.js
 html_css_files = ['site.css']

@@ -158,13 +158,16 @@ def pages(browser, folder):
         page.on('requestfailed', lambda r, name=name: errors.append(f'{name}: {r.url} failed'))
         page.goto(path.as_uri())
         if path.name not in ('search.html', 'genindex.html', 'py-modindex.html'): found[name] = page.evaluate(look)
-        if name in seen: screenshot(page, f'{path.stem}_390')
+        if name in seen: screenshot(page, f'{dashed(name)}_390')
         page.close()
     context.close()
     return found, requests, errors
 
 
 seen = ('index.html', '03_cross_entropy.html', '08_callbacks.html', 'notation.html', 'api/losses.html', 'solutions/03_cross_entropy.html')
+
+
+def dashed(name): return name.replace('/', '-').removesuffix('.html')
 
 
 def prose_of(nb):
@@ -315,11 +318,11 @@ def test_light_and_dark(browser, folder):
             assert got['width'] <= 1400
             ground = page.eval_on_selector('body', colour)
             assert ground > .9 if scheme == 'light' else ground < .2
-            screenshot(page, f'{Path(name).stem}_{scheme}' if '/' not in name else f'{name.replace("/", "-")[:-5]}_{scheme}')
+            screenshot(page, f'{dashed(name)}_{scheme}')
             for image in page.query_selector_all('.cell_output img'): assert image.evaluate(colour) == 1, 'a figure without a white ground'
             if page.locator('.cell_output img').count():
                 page.locator('.cell_output img').first.scroll_into_view_if_needed()
-                screenshot(page, f'{Path(name).stem}_figure_{scheme}')
+                screenshot(page, f'{dashed(name)}_figure_{scheme}')
         context.close()
 
 
