@@ -15,19 +15,20 @@ from torch import Tensor, nn
 
 from .gradcheck import assert_same
 
-# %% ../nbs/02_module.ipynb #f4bdf5df
+# %% ../nbs/02_module.ipynb #8aae60de
 class _LayerFunction(torch.autograd.Function):
     "One call of a layer as one node of autograd's graph"
     @staticmethod
-    def forward(ctx, layer, forward, n, *tensors): # tensors: n inputs, then the parameters
-        result = forward(layer, *tensors[:n])
+    def forward(ctx, layer, forward, n_inputs, *args): # args: the inputs, then the parameters
+        inputs, params = args[:n_inputs], args[n_inputs:]
+        result = forward(layer, *inputs)
         out, *extra = result if isinstance(result, tuple) else (result,)
-        # aliases: `bwd` gets the values of this forward pass, even if the layer gets new ones
-        own = [p if p is None else p.detach().requires_grad_(p.requires_grad) for p in tensors[n:]]
-        values = out, *tensors[:n], *own, *extra
+        # detached: if a parameter's `.data` is replaced later, `bwd` still gets the data used here
+        params = [p if p is None else p.detach().requires_grad_(p.requires_grad) for p in params]
+        values = out, *inputs, *params, *extra
         ctx.save_for_backward(*(v if isinstance(v, Tensor) else None for v in values))
         ctx.others = [None if isinstance(v, Tensor) else v for v in values]
-        ctx.layer, ctx.n_grads, d = layer, len(tensors), out.device.type
+        ctx.layer, ctx.n_grads, d = layer, len(args), out.device.type
         ctx.autocast = d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)
         return out
 
@@ -43,10 +44,10 @@ class _LayerFunction(torch.autograd.Function):
         if len(grads) != ctx.n_grads:
             raise RuntimeError(f'{ctx.layer}: bwd returned {len(grads)} gradients, needs '
                                f'{ctx.n_grads}: one for each input, then one for each parameter')
-        needed = ctx.needs_input_grad[3:] # after layer, forward and n
-        return None, None, None, *(g if n else None for g, n in zip(grads, needed))
+        needed = ctx.needs_input_grad[3:] # without layer, forward and n_inputs
+        return None, None, None, *(g if need else None for g, need in zip(grads, needed))
 
-# %% ../nbs/02_module.ipynb #b518627d
+# %% ../nbs/02_module.ipynb #5cbeec21
 def _as_node(forward):
     "`forward` of a layer as one node of autograd's graph; unchanged if called through `super()`"
     @wraps(forward)
@@ -73,12 +74,11 @@ class Module(nn.Module):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        own = vars(cls)
-        if cls.bwd is None or not {'forward', 'bwd'} & own.keys(): return
-        if 'bwd' not in own:
+        if cls.bwd is None: return # a net
+        if 'forward' in vars(cls) and 'bwd' not in vars(cls):
             raise TypeError(f'{cls.__name__} defines forward but inherits bwd: write the bwd that '
                             'belongs to this forward, or set bwd = None to make it a net')
-        cls.forward = _as_node(cls.forward)
+        if 'bwd' in vars(cls): cls.forward = _as_node(cls.forward)
 
 # %% ../nbs/02_module.ipynb #d9e4798f
 class Linear(Module):
@@ -95,14 +95,14 @@ class Linear(Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, **kind))
         self.register_parameter('bias', None) # stays None without a bias
         if bias: self.bias = nn.Parameter(torch.empty(out_features, **kind))
-        # both bounds are 1/sqrt(in_features); the first is rounded as `nn.Linear` rounds it
-        bound = math.sqrt(3) * (math.sqrt(2 / (1 + 5)) / math.sqrt(in_features))
-        nn.init.uniform_(self.weight, -bound, bound)
-        if bias: nn.init.uniform_(self.bias, -1/math.sqrt(in_features), 1/math.sqrt(in_features))
+        bound = 1 / math.sqrt(in_features)
+        rounded = math.sqrt(3) * (math.sqrt(2/6) / math.sqrt(in_features)) # as `nn.Linear` has it
+        nn.init.uniform_(self.weight, -rounded, rounded)
+        if bias: nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x):
         out = x @ self.weight.T
-        return out if self.bias is None else out.add_(self.bias)
+        return out if self.bias is None else out.add_(self.bias) # in place: keeps the dtype of out
 
     def bwd(self, grad, out, x, weight, bias):
         rows, x_rows = grad.reshape(-1, self.out_features), x.reshape(-1, self.in_features)
@@ -113,7 +113,7 @@ class Linear(Module):
         return (f'in_features={self.in_features}, out_features={self.out_features}, '
                 f'bias={self.bias is not None}')
 
-# %% ../nbs/02_module.ipynb #ffe46403
+# %% ../nbs/02_module.ipynb #b9aeade4
 def check_twin(
     ours:nn.Module,   # the module to check
     theirs:nn.Module, # the module of PyTorch that it must equal
@@ -122,38 +122,35 @@ def check_twin(
     atol:float=1e-12, # absolute tolerance
     wrt:list|None=None, # positions of the inputs to differentiate by; `None`: all floating ones
 ):
-    """`AssertionError` naming what differs, unless state, output and gradients agree, the gradients
-    of two backward passes add up, and every layer of ours has a `bwd`."""
+    """`AssertionError` naming what differs, unless state, output and gradients agree, and every
+    layer of ours has a `bwd`. Both modules end with the state that `theirs` came with."""
     for name, m in ours.named_modules():
         if next(m.children(), None) is None and getattr(m, 'bwd', None) is None:
             raise AssertionError(f'{name} {m} has no bwd of its own: autograd would do its work')
     p, q = ([name for name, _ in m.named_parameters()] for m in (ours, theirs))
     if p != q: raise AssertionError(f'parameters: got {p}, expected {q}, in this order (theirs)')
-    ours.load_state_dict(theirs.state_dict())
-    theirs.load_state_dict(ours.state_dict())
-    for name, t in theirs.state_dict().items(): assert_same(name, ours.state_dict()[name], t, 0, 0)
     start = {name: t.clone() for name, t in theirs.state_dict().items()}
+    ours.load_state_dict(start)
+    for name, t in ours.state_dict().items(): assert_same(name, t, start[name], 0, 0)
     xs, ys = ([x.detach().clone() if torch.is_tensor(x) else x for x in inputs] for _ in range(2))
     tensors = {i: x for i, x in enumerate(inputs) if torch.is_tensor(x)}
     if wrt is None: wrt = [i for i, x in tensors.items() if x.is_floating_point()]
     pairs = [(f'input {i}', xs[i].requires_grad_(), ys[i].requires_grad_()) for i in wrt]
     pairs += [(name, p, q) for (name, p), q in zip(ours.named_parameters(), theirs.parameters())]
     for m in (ours, theirs): m.zero_grad()
-    for when in '', ' after a second backward pass':
-        out, want = ours(*xs), theirs(*ys)
-        assert_same('output', out, want, rtol, atol)
-        if not want.requires_grad: continue
+    out, want = ours(*xs), theirs(*ys)
+    assert_same('output', out, want, rtol, atol)
+    if want.requires_grad:
         grad = torch.arange(1, 1 + want.numel()).cos().view(want.shape).to(want) # any numbers
         want.backward(grad)
         out.backward(given := grad.clone())
         assert_same('grad after bwd, which must not change it', given, grad, 0, 0)
         for what, p, q in pairs:
-            what = f'gradient of {what}{when}'
-            if q.grad is not None: assert_same(what, p.grad, q.grad, rtol, atol)
-            elif p.grad is not None: raise AssertionError(f'{what}: expected None (theirs)')
-    for i, x in tensors.items(): assert_same(f'input {i} after the calls', xs[i], x, 0, 0)
+            if q.grad is not None: assert_same(f'gradient of {what}', p.grad, q.grad, rtol, atol)
+            elif p.grad is not None: raise AssertionError(f'gradient of {what}: expected None')
+    for i, x in tensors.items(): assert_same(f'input {i} after the call', xs[i], x, 0, 0)
     for name, t in theirs.state_dict().items():
-        assert_same(f'{name} after the calls', ours.state_dict()[name], t, rtol, atol)
+        assert_same(f'{name} after the call', ours.state_dict()[name], t, rtol, atol)
     for m in (ours, theirs):
         m.zero_grad()
         m.load_state_dict(start)

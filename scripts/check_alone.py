@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Every chapter runs by itself: from a clean kernel, in a copy of the project that holds only the modules made by
-lower-numbered chapters, so neither its own module nor a later one can help it. It runs on the sample, to be quick.
+"""Every notebook runs by itself on the sample: from a clean kernel, in a copy of the project that holds only the modules of
+lower-numbered chapters, so neither its own module nor a later one can help it. A solution has its own chapter's module, too. What a
+story imports from an appendix (70 and up) is there with all that the appendix imports.
 
-    python scripts/check_alone.py           every chapter
+    python scripts/check_alone.py           every chapter and solution
     python scripts/check_alone.py 02 04     these"""
 import os
 import re
@@ -28,37 +29,51 @@ def module_of(nb):
     return m and m[1]
 
 
+def modules_for(nb, made_by):
+    "The modules that `nb` may import, those of lower numbers, and what they import"
+    last = nb.name[:2] if nb.parent == root / 'nbs' else nb.name[:2] + '+'
+    text, found = nb.read_text(encoding='utf-8'), set()
+    todo = [m for m, number in made_by.items() if number < last or number >= '70' and f'from miniai.{m} import' in text]
+    while todo:
+        found.add(m := todo.pop())
+        todo += set(re.findall(r'from \.(\w+) import', (root / 'miniai' / f'{m}.py').read_text(encoding='utf-8'))) - found
+    return sorted(found)
+
+
 def alone(nb, made_by, folder):
-    "Exit status and output of `nb` in a copy with lower-numbered modules only"
-    copy = Path(folder) / nb.stem
-    lower = sorted(m for m, number in made_by.items() if number < nb.name[:2])
+    "Exit status and output of `nb` in a copy with `modules_for(nb)` only"
+    copy = Path(folder) / nb.parent.name / nb.stem
+    lower = modules_for(nb, made_by)
     withheld = sorted(set(made_by) - set(lower))
     (copy / 'miniai').mkdir(parents=True)
     for name in 'settings.ini', 'pyproject.toml', 'scripts', 'nbs':
         src = root / name
         shutil.copytree(src, copy / name, ignore=shutil.ignore_patterns('.*', '__pycache__')) if src.is_dir() else shutil.copy(src, copy)
+    for p in (copy / 'nbs').rglob('*.ipynb'):
+        if p.relative_to(copy) != nb.relative_to(root): p.unlink()
     for name in '__init__', *lower: shutil.copy(root / 'miniai' / f'{name}.py', copy / 'miniai')
     for p in (root / 'miniai').iterdir():
         if p.is_dir() and p.name != '__pycache__': shutil.copytree(p, copy / 'miniai' / p.name)
     env = {**os.environ, 'MINIAI_SAMPLE': '1', 'PYTHONDONTWRITEBYTECODE': '1'}
     for args in ([sys.executable, '-c', probe, str(copy), *withheld],
-                 [sys.executable, str(copy / 'scripts' / 'run_tests.py'), '--chapters', '--only', nb.name]):
+                 [sys.executable, str(copy / 'scripts' / 'run_tests.py'), '--only', nb.name]):
         run = subprocess.run(args, env=env, cwd=copy, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if run.returncode: break
     return nb, lower, run.returncode, run.stdout
 
 
 def main():
-    nbs = sorted((root / 'nbs').glob('[0-9][0-9]_*.ipynb'))
-    made_by = {module_of(nb): nb.name[:2] for nb in nbs if module_of(nb)}
-    chosen = [nb for nb in nbs if not sys.argv[1:] or nb.name.startswith(tuple(sys.argv[1:]))]
+    chapters = sorted((root / 'nbs').glob('[0-9][0-9]_*.ipynb'))
+    made_by = {module_of(nb): nb.name[:2] for nb in chapters if module_of(nb)}
+    solutions = sorted((root / 'nbs' / 'solutions').glob('*.ipynb'))
+    chosen = [nb for nb in chapters + solutions if not sys.argv[1:] or nb.name.startswith(tuple(sys.argv[1:]))]
     passed = failed = 0
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         for nb, lower, code, text in pool.map(lambda nb: alone(nb, made_by, folder), chosen):
             passed, failed = passed + (code == 0), failed + (code != 0)
             seconds = re.search(r'([\d.]+ s) ', text)
             state, time = 'failed' if code else 'passed', seconds[1] if seconds else ''
-            print(f'{state}  {nb.name}  with {", ".join(lower) or "no module"}  {time}', flush=True)
+            print(f'{state}  {nb.relative_to(root / "nbs")}  with {", ".join(lower) or "no module"}  {time}', flush=True)
             if code: print('\n'.join('    ' + line for line in text.strip().splitlines()))
     print(f'sample: {passed} passed, {failed} failed')
     return 0 if passed and not failed else 1

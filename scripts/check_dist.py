@@ -61,7 +61,7 @@ def main():
         print(f'{sdist.name} {sdist.stat().st_size / 2**20:.1f} MB, {wheel.name} {wheel.stat().st_size / 2**20:.1f} MB')
         clean, work = tmp / 'venv', tmp / 'work'
         work.mkdir()
-        # pip reads PIP_NO_COMPILE=0 as --no-compile: what is imported is compiled then, not the whole of torch
+        # pip reads PIP_NO_COMPILE=0 as --no-compile: what is imported is compiled then, not all of torch
         run('sh', 'scripts/setup.sh', wheel, VENV=str(clean), PYTHON=sys.executable, PIP_NO_COMPILE='0')
         run(clean / 'bin' / 'python', '-c', use, cwd=work)
         run(clean / 'bin' / 'miniai_train', '--sample', '--epochs', '1', '--out', 'out', cwd=work)

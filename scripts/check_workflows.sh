@@ -4,7 +4,7 @@ set -eu
 cd "$(dirname "$0")/.."
 if command -v actionlint >/dev/null 2>&1; then
     actionlint .github/workflows/*.yml
-    echo "actionlint: nothing to say"
+    echo "actionlint: no complaints"
     exit 0
 fi
 if ! command -v npm >/dev/null 2>&1 || ! command -v node >/dev/null 2>&1; then
@@ -25,7 +25,7 @@ createLinter().then((lint) => {
       console.log(`${e.file}:${e.line}:${e.column}: ${e.message} [${e.kind}]`);
     }
   }
-  if (!found) console.log('actionlint: nothing to say');
+  if (!found) console.log('actionlint: no complaints');
   process.exit(found ? 1 : 0);
 });
 JS

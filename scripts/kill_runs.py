@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""Kill training runs at random moments, let them go on, and compare their last weights with those of a run that was never killed.
+"""Kill training runs at random moments, resume them, and compare their last weights with those of a run that was never killed.
 
     python scripts/kill_runs.py                          30 moments for each engine, our modules and torch.nn
     python scripts/kill_runs.py --moments 5 --engine ours
     python scripts/kill_runs.py --seed 3                 other moments
 
-A run trains a small net on 800 digits of the sample: shuffled rows, dropout, an optimiser with a memory, a learning rate that
-changes from step to step, gradients gathered over two batches, a checkpoint every few batches. It runs in a process of its own, which
-gets SIGKILL at a random moment. Then a new process, in which every seed is another one, goes on with `resume=True` (or begins anew with
-the first seed, if there is no checkpoint yet). Its weights must be equal to the last bit.
+A run trains a small net on 800 digits of the sample: shuffled examples, dropout, an optimiser with state, a learning rate that
+changes from step to step, gradients accumulated over two batches, a checkpoint every few batches. It runs in a process of its own,
+which gets SIGKILL at a random moment. Then a new process, with other seeds, resumes the run (or starts again with the first seed, if
+there is no checkpoint yet). Its weights must be equal to the last bit.
 
 So that many kills hit the middle of a save, the process that will be killed has a slow disk: what `miniai.checkpoints` opens for
-writing takes its bytes in small portions. It notes down each portion and each batch in a log, from which the parent reads what was
-going on at the end.
+writing takes its bytes in small portions. It logs each portion and each batch. From the log the parent reads what the process was
+doing when it was killed.
 
-A line a moment: what the killed process was doing, where the new one went on, and whether the weights are identical. Exit status: 0
-if all are, and at least a quarter of the kills of each engine fell between the first and the last byte of a save; 1 otherwise; 2 for
-wrong arguments."""
+It prints one line per moment: what the killed process was doing, where the new one resumed, and whether the weights are identical.
+Exit status: 0 if all are, and at least a quarter of the kills of each engine fell between the first and the last byte of a save; 1
+otherwise; 2 for wrong arguments."""
 import argparse
 import multiprocessing
 import os
@@ -46,9 +46,12 @@ EPOCHS, BATCHES, PORTION = 3, 16, 4096
 
 
 class Dropout(Module):
-    "Half of the values, doubled, in training; behind a ReLU"
-    def forward(self, x): return x*2*(torch.rand_like(x) < .5) if self.training else x
-    def bwd(self, grad, out, x): return grad*2*(out != 0)
+    "In training, a random half of the values, doubled; the rest becomes 0"
+    def forward(self, x):
+        mask = 2*(torch.rand_like(x) < .5) if self.training else torch.ones_like(x)
+        return x*mask, mask
+
+    def bwd(self, grad, out, x, mask): return grad*mask
 
 
 class Accumulate(Callback):
@@ -76,13 +79,13 @@ class Schedule(Callback):
 
 
 class Log(Callback):
-    "Notes down each batch"
+    "Logs each batch"
     def __init__(self, note): self.note = note
     def before_batch(self, learn): self.note(f'{learn._kind()} batch {learn.batch_idx} of epoch {learn.epoch}')
 
 
 class SlowFile:
-    "A file that takes its bytes in portions, and notes down each; `k` of `n` bytes of the save are written"
+    "A file that takes its bytes in small portions and logs each"
     def __init__(self, path, mode, note):
         self.path, self.file, self.note = Path(path), open(path, mode), note
         self.saving = self.path.parent.name.startswith('.checkpoint-')
@@ -101,11 +104,11 @@ class SlowFile:
 
 
 def train(folder, engine, seed, slow):
-    "In a process of its own: begin or go on, and save the last weights as `end`"
+    "In a process of its own: start or resume, and save the last weights as `end`"
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     random.seed(seed)
-    def note(line): os.write(log, f'{line}\n'.encode()) # one call: a kill leaves whole lines
+    def note(line): os.write(log, f'{line}\n'.encode()) # one call: a kill leaves no half lines
     if slow:
         real_rename = os.rename
         def rename(a, b):
@@ -122,24 +125,24 @@ def train(folder, engine, seed, slow):
     log = os.open(folder/'log', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     note('start')
     with warnings.catch_warnings():
-        warnings.simplefilter('error') # a damaged checkpoint would be passed over with a warning: here there must be none
+        warnings.simplefilter('error') # a damaged checkpoint would be skipped with a warning: here there must be none
         learn.fit(EPOCHS, progress=False)
     save_file(net.state_dict(), folder/'end')
 
 
 def phase(folder):
-    "What the last line of the log says: words, and whether it was between the first and the last byte of a save"
+    "From the last line of the log: what the process was doing, and whether that was between the first and the last byte of a save"
     line = (folder/'log').read_text().splitlines()[-1]
     if not line.startswith('save '): return line if line != 'written' else 'after the last byte, before or after the rename', False
     _, done, name, size = line.split()
     part = next((folder/'run').glob('.checkpoint-*.part'), None) # what is left of it
     done = sum(f.stat().st_size for f in part.iterdir()) if part else int(done)
-    whole = name == 'manifest.json' and (not part or (part/name).stat().st_size == int(size))
-    return f'in a save, {done:,} bytes written, in {name}', not whole
+    complete = name == 'manifest.json' and (not part or (part/name).stat().st_size == int(size))
+    return f'in a save, {done:,} bytes written, in {name}', not complete
 
 
 def one_moment(context, engine, folder, seconds, seed, end):
-    "Kill a run after some seconds; None if it was over by then, else a row of the table"
+    "Kill a run after some seconds; None if it had ended by then, else a row of the table"
     folder.mkdir()
     child = context.Process(target=train, args=(folder, engine, 1, True))
     child.start()
@@ -152,7 +155,7 @@ def one_moment(context, engine, folder, seconds, seed, end):
     doing, in_save = phase(folder)
     kept = list_checkpoints(folder/'run')
     at = read_checkpoint(kept[-1])[2] if kept else None
-    where = f'epoch {at["epochs_done"] + 1}, {at["batches_done"]} batches' if at else 'the beginning'
+    where = f'epoch {at["epochs_done"] + 1}, {at["batches_done"]} batches' if at else 'the start'
     child = context.Process(target=train, args=(folder, engine, seed if kept else 1, False))
     child.start()
     child.join(120)
@@ -174,10 +177,10 @@ def kill_runs(moments, engine, seed, work):
         while not (work/name/'log').exists() and child.is_alive(): time.sleep(.001)
         start = time.monotonic()
         child.join()
-        if child.exitcode: sys.exit(f'kill_runs: a run that nobody killed ended with status {child.exitcode}')
+        if child.exitcode: sys.exit(f'kill_runs: a run that was not killed ended with status {child.exitcode}')
         if slow: seconds = time.monotonic() - start
     end = (work/'unbroken'/'end').read_bytes()
-    if end != (work/'quick'/'end').read_bytes(): sys.exit('kill_runs: two runs that nobody killed differ')
+    if end != (work/'quick'/'end').read_bytes(): sys.exit('kill_runs: two runs that were not killed differ')
     print(f'{engine}: a run takes {seconds:.1f} s', flush=True)
     rows, tries = [], 0
     while len(rows) < moments:
@@ -187,12 +190,12 @@ def kill_runs(moments, engine, seed, work):
         if row is None: continue
         doing, in_save, where, same = row
         rows.append(row)
-        print(f'{len(rows):3d}  {moment:5.2f} s  {doing:62s}  on from {where:24s}  {"identical" if same else "DIFFERENT"}', flush=True)
+        print(f'{len(rows):3d}  {moment:5.2f} s  {doing:62s}  resumed from {where:24s}  {"identical" if same else "DIFFERENT"}', flush=True)
     return rows
 
 
 def number(text):
-    if not text.isdigit() or int(text) < 1: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of 1 or more')
+    if not text.isdigit() or int(text) < 1: raise argparse.ArgumentTypeError(f'{text!r} is not an integer of 1 or more')
     return int(text)
 
 
@@ -200,7 +203,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--moments', type=number, default=30, metavar='N', help='for each engine (default: %(default)s)')
     p.add_argument('--engine', choices=('ours', 'torch', 'both'), default='both')
-    p.add_argument('--seed', type=int, default=0, metavar='N', help='decides the moments')
+    p.add_argument('--seed', type=int, default=0, metavar='N', help='of the moments')
     args = p.parse_args()
     good = True
     for engine in ('ours', 'torch') if args.engine == 'both' else (args.engine,):

@@ -4,7 +4,7 @@
     python scripts/make_overview.py
 
 Left: the training loss of the first epochs, our layers and torch.nn from the same seed over the same batches. Right: the
-first digits of the test rows with what our network says they are, and some that it gets wrong. About ten seconds."""
+first digits of the test set with the predictions of our network, and some that it gets wrong. It takes about ten seconds."""
 from pathlib import Path
 
 import torch
@@ -45,8 +45,8 @@ def main():
     _, theirs = train(data, nn.Sequential, nn.Linear, nn.ReLU, nn.CrossEntropyLoss, torch.optim.SGD)
     gap = (ours[:100] - theirs[:100]).abs().max().item()
     x, y = data.test
-    with torch.no_grad(): said = model(x).argmax(1)
-    right = (said == y).float().mean().item()
+    with torch.no_grad(): predicted = model(x).argmax(1)
+    right = (predicted == y).float().mean().item()
 
     fig = Figure(figsize=(10, 3.6), layout='constrained', dpi=100)
     left, other = fig.subfigures(1, 2, width_ratios=[1, 1])
@@ -56,14 +56,14 @@ def main():
     ax.set(xlabel='batch of 64', ylabel='training loss, mean of 50 batches', title=f'one seed: {gap:.0e} apart in the first 100 batches')
     ax.legend(frameon=False)
     ax.spines[['top', 'right']].set_visible(False)
-    wrong = (said != y).nonzero()[:, 0]
-    rows = torch.cat([torch.arange(18), wrong[wrong >= 18][:6]])
-    for a, i in zip(other.subplots(4, 6).flat, rows.tolist()):
+    wrong = (predicted != y).nonzero()[:, 0]
+    shown = torch.cat([torch.arange(18), wrong[wrong >= 18][:6]])
+    for a, i in zip(other.subplots(4, 6).flat, shown.tolist()):
         a.imshow(x[i].reshape(28, 28), cmap='gray_r')
-        title, color = (f'{said[i]}', 'black') if said[i] == y[i] else (f'{said[i]}, is {y[i]}', '#d55e00')
+        title, color = (f'{predicted[i]}', 'black') if predicted[i] == y[i] else (f'{predicted[i]}, is {y[i]}', '#d55e00')
         a.set_title(title, color=color, fontsize=9, pad=2)
         a.axis('off')
-    other.suptitle(f'test digits: {right:.1%} right; the last row: six of the others', fontsize=12)
+    other.suptitle(f'predictions for test digits: {right:.1%} right; last row: six errors', fontsize=12)
     target.parent.mkdir(exist_ok=True)
     fig.savefig(target, metadata={'Software': None})
     size = target.stat().st_size / 1024

@@ -2,7 +2,7 @@
 """Make README.md from nbs/index.ipynb: its text, its code, and the outputs stored with it.
 
     python scripts/make_readme.py            write README.md
-    python scripts/make_readme.py --check    write nothing; exit status 1 if README.md says anything else
+    python scripts/make_readme.py --check    write nothing; exit status 1 if README.md differs
 
 Links and pictures that the notebook names from its own folder are named from the top of the checkout instead.
 Nothing but Python is needed."""

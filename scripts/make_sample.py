@@ -34,11 +34,11 @@ def split(table, seed=42, parts=(('train', 400), ('valid', 50), ('test', 50))):
     "The `(5000, 785)` table (784 pixels, then the label) as a dict of uint8 arrays `train_x`, `train_y`, ..."
     rng = np.random.default_rng(seed)
     by_class = [rng.permutation(table[table[:, -1] == c]) for c in range(10)]
-    if {len(rows) for rows in by_class} != {500}: sys.exit(f'expected 500 rows of each class, got {[len(rows) for rows in by_class]}')
+    if {len(c) for c in by_class} != {500}: sys.exit(f'expected 500 examples of each class, got {[len(c) for c in by_class]}')
     out, start = {}, 0
     for name, n in parts:
-        rows = rng.permutation(np.concatenate([rows[start:start + n] for rows in by_class]))
-        out[f'{name}_x'], out[f'{name}_y'] = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, -1])
+        part = rng.permutation(np.concatenate([c[start:start + n] for c in by_class]))
+        out[f'{name}_x'], out[f'{name}_y'] = np.ascontiguousarray(part[:, :-1]), np.ascontiguousarray(part[:, -1])
         start += n
     return out
 

@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""Run `nbdev_test` over every notebook, then pytest over tests/, and count what ran.
+"""Run pytest over every file of tests and `nbdev_test` over every notebook, two at a time, and count what ran.
 
     python scripts/run_tests.py                     everything
     python scripts/run_tests.py --only 00 04        the notebooks whose names begin so, solutions too; no tests
-    python scripts/run_tests.py --only 00 --chapters    the same without solutions
     python scripts/run_tests.py --only 10 --slow    with the long trainings, cells flagged `#| slow`, which are left out otherwise
 
-nbdev_test alone counts nothing, has no time-out, and is content when no notebook matches; so each notebook gets an
+nbdev_test alone counts nothing, has no time-out, and succeeds when no notebook matches; so each notebook gets an
 nbdev_test process of its own, and only one that was seen to start, to complete and to run code counts as passed.
-What is skipped is named. The last line reads `whole: 12 passed, 0 failed`, where the first word says on which data:
+Each file of tests is a process of its own, too; the largest files start first.
+What is skipped is named. The last line reads `full: 12 passed, 0 failed`, where the first word names the data:
 
-    MINIAI_SAMPLE=1     the sample that lies in the package
-    MINIAI_SAMPLE=0     the whole MNIST; it is a failure if that cannot be had
-    unset               the whole if it can be had, else the sample, after a line that says why
+    MINIAI_SAMPLE=1     the sample in the package
+    MINIAI_SAMPLE=0     the full MNIST; it is a failure if that is not available
+    unset               the full MNIST if it is available, else the sample, after a line that gives the reason
 
-The choice is made once. On `whole` every process is started with MINIAI_SAMPLE=0, so none can fall back unseen.
+The choice is made once. On `full` every process is started with MINIAI_SAMPLE=0, so none can fall back unseen.
 Exit status: 0 if something ran and nothing failed, 1 otherwise, 2 for wrong arguments, 130 after Ctrl-C."""
 import argparse
 import os
@@ -29,7 +29,7 @@ from pathlib import Path
 root = Path(__file__).resolve().parents[1]
 nbs = root / 'nbs'
 quiet = {'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'PYTHONUNBUFFERED': '1', 'PYDEVD_DISABLE_FILE_VALIDATION': '1'}
-ask = """
+load_full = """
 import sys
 from miniai.data import DataUnavailable, mnist
 try: mnist(sample=False)
@@ -43,11 +43,11 @@ class Child:
     "A process in a group of its own, its output in a file, its time and peak memory measured"
     running: 'list[Child]' = []
 
-    def __init__(self, args, env, timeout, show=False):
-        self.log = None if show else tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace')
+    def __init__(self, args, env, timeout):
+        self.log = tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace')
         self.start, self.timeout, self.timed_out, self.code = time.monotonic(), timeout, False, None
         self.proc = subprocess.Popen([str(a) for a in args], cwd=root, env=env, stdin=subprocess.DEVNULL, start_new_session=True,
-                                     stdout=self.log, stderr=self.log and subprocess.STDOUT)
+                                     stdout=self.log, stderr=subprocess.STDOUT)
         Child.running.append(self)
 
     def done(self):
@@ -87,36 +87,35 @@ class Child:
 
 
 def choose_data(env):
-    "`whole` or `sample`, said in a line; `env['MINIAI_SAMPLE']` is set so that every process agrees"
-    asked = env.get('MINIAI_SAMPLE', '')
-    if asked not in ('', '0', '1'): sys.exit(usage(f'MINIAI_SAMPLE={asked!r}: allowed are 1 (the sample), 0 (the whole) and unset'))
-    if asked == '1':
+    "`full` or `sample`, after a line about the choice; `env['MINIAI_SAMPLE']` is set so that every process agrees"
+    given = env.get('MINIAI_SAMPLE', '')
+    if given not in ('', '0', '1'): sys.exit(usage(f'MINIAI_SAMPLE={given!r}: allowed are 1 (the sample), 0 (the full MNIST) and unset'))
+    if given == '1':
         print('data: sample (MINIAI_SAMPLE=1)', flush=True)
         return 'sample'
     where = f'MINIAI_DATA={env["MINIAI_DATA"]}' if env.get('MINIAI_DATA') else 'the cache or a download'
     env['MINIAI_SAMPLE'] = '0'
-    child = Child([sys.executable, '-c', ask], env, 1800)
-    code, said = child.wait(), child.text().strip()
+    child = Child([sys.executable, '-c', load_full], env, 1800)
+    code, message = child.wait(), child.text().strip()
     if code == 0:
-        print(f'data: whole ({where})', flush=True)
-        return 'whole'
-    if code != 3 or asked == '0' or env.get('MINIAI_DATA'):
-        print(said)
-        why = 'miniai.data failed' if code != 3 else 'MINIAI_DATA is set' if env.get('MINIAI_DATA') else 'MINIAI_SAMPLE=0 was asked for'
-        print(f'run_tests: the whole MNIST cannot be had from {where}, and since {why} the sample is not taken in its place')
-        print('whole: 0 passed, 1 failed')
+        print(f'data: full ({where})', flush=True)
+        return 'full'
+    if code != 3 or given == '0' or env.get('MINIAI_DATA'):
+        print(message)
+        why = 'miniai.data failed' if code != 3 else 'MINIAI_DATA is set' if env.get('MINIAI_DATA') else 'MINIAI_SAMPLE=0 is set'
+        print(f'run_tests: the full MNIST is not available from {where}, and since {why} the sample does not replace it')
+        print('full: 0 passed, 1 failed')
         sys.exit(1)
     env['MINIAI_SAMPLE'] = '1'
-    print(f'data: sample, for the whole MNIST cannot be had from {where}: {" ".join(said.split())}', flush=True)
+    print(f'data: sample, since the full MNIST is not available from {where}: {" ".join(message.split())}', flush=True)
     return 'sample'
 
 
-def notebooks(only, chapters):
+def notebooks(only):
     "The notebooks that nbdev would take, those of `only` if given"
     found = [p for p in sorted(nbs.rglob('*.ipynb')) if not any(x.startswith(('.', '_')) for x in p.relative_to(nbs).parts)]
     for o in only or []:
         if not any(p.name.startswith(o) for p in found): sys.exit(usage(f'no notebook in {nbs} begins with {o!r}'))
-    if chapters: found = [p for p in found if p.parent == nbs]
     return [p for p in found if not only or p.name.startswith(tuple(only))]
 
 
@@ -142,70 +141,85 @@ def cells(path, slow):
     return len(code) - left_out, left_out
 
 
-def run_notebooks(paths, env, jobs, timeout, results, slow=False):
-    nbdev_test = Path(sys.executable).parent / 'nbdev_test'
-    if not nbdev_test.exists(): sys.exit(usage(f'{nbdev_test} is missing: run `sh scripts/setup.sh dev`'))
-    todo, running, counts = list(paths), {}, {p: cells(p, slow) for p in paths}
-    width = max(len(str(p.relative_to(nbs))) for p in paths)
+class Notebook:
+    "One notebook, run by nbdev_test"
+    def __init__(self, path, timeout, slow):
+        self.path, self.name, self.timeout = path, str(path.relative_to(nbs)), timeout
+        self.counts = cells(path, slow)
+        self.args = [Path(sys.executable).parent / 'nbdev_test', '--path', path, '--do_print', *(['--flags', 'slow'] if slow else [])]
+
+    def outcome(self, child, results):
+        "`(state, note, output to show)`; adds to `results`"
+        (ran, left_out), text = self.counts, child.text()
+        completed = f'Starting {self.path}' in text and f'- Completed {self.path}' in text
+        if child.code: state, note = 'failed', ended(child)
+        elif not ran: state, note = 'skipped', 'skip_exec, or every cell left out' if left_out else 'has no code cell'
+        elif not completed: state, note = 'failed', 'nbdev_test reports success, but did not run it'
+        else: state, note = 'passed', f'{left_out} of {ran + left_out} code cells left out' if left_out else ''
+        results[state].append(self.name)
+        return state, note, text
+
+
+class Tests:
+    "One file of tests, run by pytest"
+    def __init__(self, path, timeout, folder):
+        self.name, self.timeout, self.xml = str(path.relative_to(root)), timeout, Path(folder) / f'{path.stem}.xml'
+        self.args = [sys.executable, '-m', 'pytest', path, '-q', '-p', 'no:cacheprovider', '--junitxml', self.xml]
+
+    def outcome(self, child, results):
+        "`(state, note, output to show)`; adds every test to `results`"
+        seen = {'passed': [], 'failed': [], 'skipped': []}
+        for case in ET.parse(self.xml).iter('testcase') if self.xml.exists() else ():
+            kinds = {e.tag for e in case}
+            state = 'failed' if kinds & {'failure', 'error'} else 'skipped' if 'skipped' in kinds else 'passed'
+            seen[state].append(f'{case.get("classname")}.{case.get("name")}')
+        note = ', '.join(f'{len(names)} {state}' for state, names in seen.items() if names)
+        if (child.code and not seen['failed']) or not note:
+            seen['failed'].append(f'{self.name} {ended(child) or "ended"} and reported {"no failure" if note else "nothing"}')
+            note = seen['failed'][0]
+        for state, names in seen.items(): results[state] += names
+        return 'failed' if seen['failed'] else 'passed', note, child.text()
+
+
+def ended(child):
+    if child.timed_out: return f'timed out after {child.timeout:g} s'
+    return f'killed by signal {-child.code}' if child.code < 0 else f'ended with exit status {child.code}' if child.code else ''
+
+
+def run_all(todo, env, jobs, results):
+    "Run files of tests and notebooks, `jobs` at a time, in the order given"
+    todo, running, width = list(todo), {}, max(len(job.name) for job in todo)
     while todo or running:
         while todo and len(running) < jobs:
-            p = todo.pop(0)
-            running[p] = Child([nbdev_test, '--path', p, '--do_print', *(['--flags', 'slow'] if slow else [])], env, timeout)
-        for p, c in list(running.items()):
+            job = todo.pop(0)
+            running[job] = Child(job.args, env, job.timeout)
+        for job, c in list(running.items()):
             if not c.done(): continue
-            del running[p]
-            ran, left_out = counts[p]
-            text, name = c.text(), str(p.relative_to(nbs))
-            started, completed = f'Starting {p}' in text, f'- Completed {p}' in text
-            if c.timed_out: state, note = 'failed', f'timed out after {timeout} s'
-            elif c.code < 0: state, note = 'failed', f'killed by signal {-c.code}'
-            elif c.code: state, note = 'failed', ''
-            elif not ran: state, note = 'skipped', 'skip_exec, or every cell left out' if left_out else 'has no code cell'
-            elif not (started and completed): state, note = 'failed', 'nbdev_test says success, but did not run it'
-            else: state, note = 'passed', f'{left_out} of {ran + left_out} code cells left out' if left_out else ''
-            results[state].append(name)
-            print(f'{state:7}  {name:{width}}  {c.seconds:6.1f} s  {c.mb:5.0f} MB  {note}'.rstrip(), flush=True)
-            if state == 'failed': print('\n'.join('    ' + line for line in text.strip().splitlines()[-150:]), flush=True)
+            del running[job]
+            state, note, text = job.outcome(c, results)
+            print(f'{state:7}  {job.name:{width}}  {c.seconds:6.1f} s  {c.mb:5.0f} MB  {note}'.rstrip(), flush=True)
+            if state == 'failed': print('\n'.join('    ' + line for line in text.strip().splitlines()[-300:]), flush=True)
         time.sleep(0.05)
-
-
-def run_pytest(env, timeout, results):
-    tests = root / 'tests'
-    if not list(tests.rglob('test_*.py')): return print('no tests in tests/')
-    with tempfile.TemporaryDirectory() as tmp:
-        xml = Path(tmp) / 'tests.xml'
-        child = Child([sys.executable, '-m', 'pytest', tests, '-q', '-p', 'no:cacheprovider', '--junitxml', xml], env, timeout, show=True)
-        child.wait()
-        counted = sum(map(len, results.values()))
-        bad = len(results['failed'])
-        if xml.exists():
-            for case in ET.parse(xml).iter('testcase'):
-                name = f'{case.get("classname")}.{case.get("name")}'
-                kinds = {e.tag for e in case}
-                state = 'failed' if kinds & {'failure', 'error'} else 'skipped' if 'skipped' in kinds else 'passed'
-                results[state].append(name)
-        if (child.code and len(results['failed']) == bad) or sum(map(len, results.values())) == counted:
-            how = f'timed out after {timeout} s' if child.timed_out else f'ended with exit status {child.code}'
-            results['failed'].append(f'pytest {how} and reported {"no failure" if xml.exists() else "nothing"}')
-            print(results['failed'][-1])
-    print(f'tests: {child.seconds:.1f} s, {child.mb:.0f} MB', flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', nargs='+', metavar='NN', help='only the notebooks whose names begin so, and no tests')
-    parser.add_argument('--chapters', action='store_true', help='no solutions, no tests')
     parser.add_argument('--slow', action='store_true', help='cells flagged `#| slow` too; some take minutes')
-    parser.add_argument('--jobs', type=int, default=min(2, os.cpu_count() or 1), help='notebooks at a time (%(default)s)')
-    parser.add_argument('--timeout', type=float, default=600, metavar='S', help='seconds for each notebook (%(default)g)')
+    parser.add_argument('--jobs', type=int, default=min(2, os.cpu_count() or 1), help='processes at a time (%(default)s)')
+    parser.add_argument('--timeout', type=float, default=900, metavar='S', help='seconds for each of them (%(default)g)')
     args = parser.parse_args()
     os.chdir(root)
-    paths = notebooks(args.only, args.chapters)
+    paths = notebooks(args.only)
     env = {**os.environ, **quiet}
+    nbdev_test = Path(sys.executable).parent / 'nbdev_test'
+    if not nbdev_test.exists(): sys.exit(usage(f'{nbdev_test} is missing: run `sh scripts/setup.sh dev`'))
     data, results, start = choose_data(env), {'passed': [], 'failed': [], 'skipped': []}, time.monotonic()
-    if paths: run_notebooks(paths, env, args.jobs, args.timeout, results, args.slow)
-    else: print(f'no notebooks in {nbs}')
-    if not (args.only or args.chapters): run_pytest(env, 3 * args.timeout, results)
+    with tempfile.TemporaryDirectory() as folder:
+        tests = [] if args.only else sorted((root / 'tests').glob('test_*.py'), key=lambda p: -p.stat().st_size)
+        print(f'{len(tests)} files of tests and {len(paths)} notebooks, {args.jobs} at a time', flush=True)
+        todo = [Tests(p, args.timeout, folder) for p in tests] + [Notebook(p, args.timeout, args.slow) for p in paths]
+        run_all(todo, env, args.jobs, results)
     print(f'{time.monotonic() - start:.0f} s in all')
     for state in 'skipped', 'failed':
         if results[state]: print(f'{state}: ' + ', '.join(results[state]))

@@ -5,7 +5,7 @@
 #   sh scripts/setup.sh dev         that, and what the notebooks, the tests and the linter need
 #   sh scripts/setup.sh FILE.whl    a built wheel in place of this checkout
 #
-# Nothing outside the folder is changed, but for one case: Python has no pip at all and this is root (or sudo asks no
+# Nothing outside the folder is changed, but for one case: Python has no pip at all and this is root (or sudo needs no
 # password), then apt-get installs python3-venv. A second run that finds everything in place takes a second.
 # These variables are read, none is needed:
 #   PYTHON           the Python to use

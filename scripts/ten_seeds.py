@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Does the default recipe of `miniai_train` keep its promise, whatever the seed? Trains it on the whole of MNIST with seeds 0 to 9
+"""Does the default recipe of `miniai_train` reach its accuracy with any seed? Trains it on the full MNIST with seeds 0 to 9
 and with the default seed, and fails if fewer than 9 of the 10 reach 0.97 of the 10,000 test digits. Takes a minute or two.
 
     python scripts/ten_seeds.py"""

@@ -1,4 +1,4 @@
-"A shell starts a job in the background with Ctrl-C ignored, and its children inherit that: some tests send one, so listen again."
+"A shell starts background jobs with Ctrl-C ignored, and their children inherit that. Some tests send Ctrl-C, so it is restored here."
 import signal
 
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""scripts/break_lines.py finds the lines that a chapter does not check, in a tiny checkout made for it."""
+"""scripts/break_lines.py finds the lines that neither a chapter nor its tests check, in a tiny checkout made for it."""
 import importlib.util
 import inspect
 import json
@@ -30,21 +30,24 @@ for f in half, compiled:
 assert half.__defaults__ == (-2,)'''
 
 
-def tree(root, check, code=HALF):
-    "A checkout with one chapter, one module and one check"
+def tree(root, check, code=HALF, tests='', reasons=''):
+    "A checkout with one chapter, one module, one check, and test files and reasons for survivors if given"
     sources = ['#| default_exp half', f'#| export\n{code}', check]
     cells = [dict(cell_type='markdown', id='aaaa', metadata={}, source='# 00 Half')]
     cells += [dict(cell_type='code', id=f'bbb{i}', metadata={}, outputs=[], execution_count=None, source=s) for i, s in enumerate(sources)]
-    for f in 'nbs', 'tiny': (root/f).mkdir(parents=True)
+    for f in 'nbs', 'tiny', 'tests', 'scripts': (root/f).mkdir(parents=True)
     (root/'settings.ini').write_text('[DEFAULT]\nlib_path = tiny\nnbs_path = nbs\n')
     (root/'nbs'/'00_half.ipynb').write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
     (root/'tiny'/'__init__.py').write_text('')
     (root/'tiny'/'half.py').write_text(f"__all__ = ['half']\n\n# %% ../nbs/00_half.ipynb #bbb1\n{code}\n")
+    if tests: (root/'tests'/'test_half.py').write_text(f'import pytest\nfrom tiny.half import half\n{tests}\n')
+    (root/'scripts'/'break_lines_survivors.txt').write_text(reasons)
     return root
 
 
-def run(root, *args):
-    done = subprocess.run([sys.executable, SCRIPT, '--root', root, *args], capture_output=True, text=True, timeout=300)
+def run(root, *args, **env):
+    command = [sys.executable, SCRIPT, '--root', root, *args]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **env})
     return done.returncode, done.stdout + done.stderr
 
 
@@ -66,7 +69,7 @@ def test_a_change_is_listed(code, changed): assert changed in changes(code)
 
 @pytest.mark.parametrize('code', ['"words + 1"', 'import a', 'raise E(1 + 1)', 'def f(a:int=None)->1: "a > 1"', 'a = f(figsize=3)',
                                   'print(1, 2)', 'def __repr__(self): return 1 + 1', 'a = f"{b + 1}"', 'def f():\n  "x"\n  yield'])
-def test_words_are_left_alone(code): assert not changes(code)
+def test_messages_are_left_alone(code): assert not changes(code)
 
 
 def test_every_change_compiles_and_differs():
@@ -76,47 +79,67 @@ def test_every_change_compiles_and_differs():
 
 
 def test_a_checked_line_is_caught_in_notebook_and_module(tmp_path):
-    root = tree(tmp_path/'t', CHECK)
-    code, said = run(root, '--per-chapter', '0', '--report', tmp_path/'r.json')
-    found = json.loads((tmp_path/'r.json').read_text())
-    assert code == 0 and 'caught 11 of 11 (100.0 %): 8 by a check, 3 by another error' in said, said
-    by = {b['after']: b for b in found['breaks']}
-    assert by['return x*2'] | dict(file='tiny/half.py', line=7, cell=4, cell_id='bbb2', kind='factor', how='raised') == by['return x*2']
-    assert by['return x*2']['error'].startswith('AssertionError') and by['return None']['error'].startswith('AssertionError')
+    code, said = run(tree(tmp_path/'t', CHECK), '--per-chapter', '0')
+    assert code == 0 and 'caught 11 of 11 (100.0 %): 11 by 00_half.ipynb' in said, said
+    assert 'tiny/half.py:7  half, factor: caught by 00_half.ipynb: cell 4 #bbb2: AssertionError\n     - return x/2\n     + ' in said
 
 
 def test_an_unchecked_line_survives_until_a_reason_is_given(tmp_path):
-    root = tree(tmp_path/'t', 'assert half(3) == 1.5')
-    code, said = run(root, '--per-chapter', '0', '--report', tmp_path/'r.md')
-    assert code == 1 and 'NO REASON GIVEN' in said and '+ pass' in said
-    assert '| tiny/half.py:6 | comparison |' in (tmp_path/'r.md').read_text()
+    root, line = tree(tmp_path/'t', 'assert half(3) == 1.5'), HALF.splitlines()[2].strip()
     listed = run(root, '--per-chapter', '0', '--list')[1]
-    k = next(s.split()[0] for s in listed.splitlines() if 'guard' in s)
-    reasons = tmp_path/'reasons.txt'
-    line = HALF.splitlines()[2].strip()
-    reasons.write_text(f'# looked at\ntiny/half.py\n- {line}\n+ pass\n= nobody halves debts\n\ntiny/half.py\n- gone\n+ pass\n= old\n')
-    code, said = run(root, '--per-chapter', '0', '--only', k, '--survivors', reasons)
-    assert code == 1 and 'caught 0 of 1' in said and '= nobody halves debts' in said and 'no such line any more: gone' in said
-    assert 'NO REASON GIVEN' not in said
+    only = '--per-chapter', '0', '--only', next(s.split()[0] for s in listed.splitlines() if 'guard' in s)
+    code, said = run(root, *only)
+    assert code == 1 and 'caught 0 of 1' in said and '  + pass\n  = NO REASON GIVEN' in said
+    reasons = f'# looked at\ntiny/half.py\n- {line}\n+ pass\n= a known gap\n\ntiny/half.py\n- gone\n+ pass\n= old\n'
+    (root/'scripts'/'break_lines_survivors.txt').write_text(reasons)
+    code, said = run(root, *only)
+    assert code == 1 and 'caught 0 of 1' in said and '  + pass\n  = a known gap' in said and 'no such line any more: gone' in said
 
 
-def test_a_test_may_catch_a_survivor(tmp_path):
-    root = tree(tmp_path/'t', '0', 'def half(x): return x/2')
-    (root/'tests').mkdir()
-    (root/'tests'/'test_half.py').write_text('from tiny.half import half\ndef test_three(): assert half(3) == 1.5\n')
-    code, said = run(root, '--per-chapter', '1', '--tests')
-    assert code == 1 and 'caught by tests/test_half.py::test_three' in said and 'NO REASON GIVEN' not in said
+def test_a_break_that_only_the_tests_notice_is_caught_in_the_broken_copy(tmp_path):
+    tests = '''def test_half():
+    assert half(3) == 1.5 and half(0) == 0 and half.__defaults__ == (-2,)
+    with pytest.raises(ValueError): half(-1)'''
+    root = tree(tmp_path/'t', '0', tests=tests)
+    code, said = run(root, '--per-chapter', '0', '--only', '1', '11', PYTHONPATH=str(root))   # where the unbroken original lies, too
+    assert code == 0 and 'caught 2 of 2 (100.0 %): 2 by tests/test_half.py' in said, said
+    assert 'return x' in said and 'caught by tests/test_half.py: test_half - ' in said
 
 
-def test_a_chapter_that_fails_unbroken_is_not_tried(tmp_path):
+def test_notebook_and_tests_share_the_work(tmp_path):
+    root = tree(tmp_path/'t', 'assert half(3) == 1.5', tests='def test_default(): assert half.__defaults__ == (-2,)')
+    code, said = run(root, '--per-chapter', '0', '--only', '1', '11')
+    assert code == 0 and 'caught 2 of 2' in said and '1 by 00_half.ipynb' in said and '1 by tests/test_half.py' in said, said
+
+
+def test_the_faster_check_runs_first(tmp_path):
+    check = 'assert half(3) == 1.5'
+    root = tree(tmp_path/'t', f'import time; time.sleep(2); {check}', 'def half(x): return x/2', f'def test(): {check}')
+    code, said = run(root, '--only', '1')
+    assert code == 0 and 'caught 1 of 1 (100.0 %): 1 by tests/test_half.py' in said, said
+
+
+def test_a_check_that_fails_unbroken_is_not_used(tmp_path):
     code, said = run(tree(tmp_path/'t', 'assert half(3) == 2'))
-    assert code == 1 and 'FAILS UNBROKEN' in said and 'cell 4 #bbb2: AssertionError' in said and 'nothing ran' in said
+    assert code == 1 and '00_half.ipynb: FAILS UNBROKEN, not used: cell 4 #bbb2: AssertionError' in said and 'nothing ran' in said
+    code, said = run(tree(tmp_path/'u', CHECK, tests='def test(): assert half(3) == 2'), '--per-chapter', '2')
+    assert code == 1 and 'caught 2 of 2' in said and 'these checks fail unbroken: tests/test_half.py' in said
 
 
-def test_too_long_counts_as_caught_and_says_so(tmp_path):
-    r = B.Run(tree(tmp_path/'t', 'import time; time.sleep(600)'), tmp_path, '00_half.ipynb', env=dict(os.environ), timeout=2)
-    while not r.done(): time.sleep(.05)
-    assert r.result[0] == 'timed out' and not r.dir.exists() and r.proc.returncode == -signal.SIGKILL
+@pytest.mark.parametrize('cell,words', [('import time; time.sleep(600)', 'timed out after 2 s; '),
+                                        ('import os; os._exit(0)', 'ended with status 0; cell 4 #bbb2')])
+def test_a_run_that_does_not_end_by_itself_fails(tmp_path, cell, words):
+    root = tree(tmp_path/'t', cell)
+    with B.copied(root, tmp_path) as copy: failure = B.Check('00', ['nbs/00_half.ipynb'], 2 if 'sleep' in cell else 60).run(copy)
+    assert words in failure and not copy.exists() and not B.Children.running
+
+
+def test_every_module_with_tests_has_them_as_a_check():
+    root = SCRIPT.parents[1]
+    for module in (root/'miniai').glob('[a-z]*.py'):
+        checks = B.checks_of(root, B.Chapter('00_x.ipynb', f'miniai/{module.name}', []), 'nbs', 1.)
+        assert len(checks) == 2 or not (root/'tests'/f'test_{module.stem}.py').exists(), module.name
+    assert all((root/'tests'/f'test_{t}.py').exists() for tests in B.TESTS.values() for t in tests)
 
 
 def test_the_choice_is_spread_and_repeats(tmp_path):
@@ -133,7 +156,7 @@ def test_the_choice_is_spread_and_repeats(tmp_path):
 
 
 @pytest.mark.parametrize('args,words', [(['07'], "begins with '07'"), (['--jobs', '0'], 'must be 1 or more'),
-                                        (['--only', '99'], 'have the numbers'), (['--report', 'x.txt'], '.md or .json'),
+                                        (['--only', '99'], 'have the numbers'),
                                         (['--root', '/nowhere'], 'no settings.ini')])
 def test_wrong_arguments(tmp_path, args, words):
     code, said = run(tree(tmp_path/'t', '0'), *args)
@@ -155,7 +178,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path, sig, code):
     env = {**os.environ, 'TMPDIR': str(tmp)}
     proc = subprocess.Popen([sys.executable, SCRIPT, '--root', root], env=env, stdout=subprocess.PIPE, text=True)
     until = time.monotonic() + 60
-    while not list(tmp.glob('*/*/.cells.jsonl')) and time.monotonic() < until: time.sleep(.05)
+    while not list(tmp.glob('*/*/.home')) and time.monotonic() < until: time.sleep(.05)
     proc.send_signal(sig)
     proc.communicate(timeout=60)
     assert proc.returncode == code and not list(tmp.iterdir())

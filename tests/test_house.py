@@ -1,4 +1,4 @@
-"The rules of the house: what notebooks, modules, README and CI promise each other."
+"The rules of the house: what notebooks, modules, README and CI must agree on."
 import ast
 import json
 import re
@@ -13,6 +13,10 @@ import yaml
 import miniai
 
 root = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(root / 'scripts'))
+from chapter_form import Chapter  # noqa: E402
+from make_course_map import PARTS, PLANNED  # noqa: E402
+
 nbs = sorted(p for p in (root / 'nbs').rglob('*.ipynb') if not any(x.startswith(('.', '_')) for x in p.relative_to(root).parts))
 chapters = [p for p in nbs if re.match(r'\d\d_', p.name) and p.parent == root / 'nbs']
 modules = sorted(p for p in (root / 'miniai').glob('*.py') if not p.name.startswith('_'))
@@ -92,6 +96,11 @@ def test_readme_names_what_exists():
     assert [p.name for p in chapters if f'nbs/{p.name}' not in links] == [], 'chapters that the README does not link'
 
 
+def test_every_chapter_is_on_the_map():
+    drawn = [number for *_, numbers in PARTS for number in numbers]
+    assert sorted(drawn) == sorted([*PLANNED, *(p.name[:2] for p in chapters)]), 'change scripts/make_course_map.py and run it'
+
+
 def test_workflow_runs_only_what_ci_run_runs():
     ci = subprocess.run(['bash', root / '.ci' / 'run', '--list'], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     assert sh_blocks()[1].splitlines() == ci[:len(sh_blocks()[1].splitlines())], '.ci/run starts with the README\'s test block'
@@ -147,19 +156,78 @@ def test_every_cell_runs(nb):
 def test_imports_point_to_lower_numbers_by_name(nb):
     if nb in chapters: limit = nb.name[:2]
     else: limit = nb.name[:2] + '+' if nb.name[:2].isdigit() else 'zz'   # solutions may import what their chapter made
+    export = exported(nb)
     for source, _ in code_cells(nb):
         for module, name in imports(source):
             assert name != '*', f'from {module} import *'
             if not module.startswith('miniai.'): continue
-            assert name or source not in exported(nb), f'import {module}: exported code imports names'
-            assert number.get(module.split('.')[1], 'none') < limit, f'{nb.name} imports {module}, which comes later or from no chapter'
+            assert name or source not in export, f'import {module}: exported code imports names'
+            made_in = number.get(module.split('.')[1], 'none')
+            assert made_in < limit or source not in export and '70' <= made_in < 'none', \
+                f'{nb.name} imports {module}, which comes later or from no chapter'
+
+
+# ---- the form of a chapter, for those that have it already
+
+formed = [p for p in chapters if p.name[:2] in ('00', '01', '02', '03', '04', '70')]
+form = pytest.mark.parametrize('nb', formed, ids=ids(formed))
+
+
+@form
+def test_cells_are_small(nb): assert Chapter(nb).long_complaints() == []
+
+
+@form
+def test_lines_fit_a_page(nb): assert Chapter(nb).wide_complaints() == []
+
+
+@form
+def test_tests_do_not_drown_the_story(nb): assert Chapter(nb).share_complaints() == []
+
+
+@form
+def test_every_figure_has_an_alt_text_of_its_own(nb): assert Chapter(nb).figure_complaints() == []
+
+
+@form
+def test_prose_uses_the_terms_of_the_field(nb): assert Chapter(nb).term_complaints() == []
+
+
+@pytest.mark.parametrize('nb', nbs, ids=ids(nbs))
+def test_every_cell_has_an_id_of_its_own(nb): assert Chapter(nb).id_complaints() == []
+
+
+def notebook(path, *cells):
+    "A notebook of `(source, metadata, figures)`, for the tests of the rules above"
+    png = dict(output_type='display_data', metadata={}, data={'image/png': ''})
+    code = [dict(cell_type='code', id=f'c{i}', metadata=meta, source=source, outputs=[png] * figures)
+            for i, (source, meta, figures) in enumerate(cells)]
+    path.write_text(json.dumps(dict(cells=code)))
+    return Chapter(path)
+
+
+def test_the_rules_complain(tmp_path):
+    hidden = {'jupyter': {'source_hidden': True}}
+    lines = '\n'.join(f'x{i} = {i}' for i in range(21))
+    c = notebook(tmp_path / 'a.ipynb', ('#| export\n' + lines, {}, 0), (lines, {}, 0), ('#| fig-alt: a red line\n\nplot()', {}, 1),
+                 ('#| fig-alt: a red line falls\nplot()', {}, 1), ('# a comment\n#| fig-alt: four words that are late\nplot()', {}, 1),
+                 ('assert 1\n' * 6, {}, 0), ('assert 1\n' * 16, hidden, 0), ('x = 1 # ' + 'wide' * 25, {}, 0), ('# nobody refuses', {}, 0))
+    assert [(m.kind, m.size, m.collapsed) for m in c.code[5:7]] == [('test', 6, False), ('test', 16, True)]
+    assert c.long_complaints() == ['cell #c1 (story) has 21 lines: at most 20']
+    assert (c.tests, c.collapsed) == (100 * 6 / 52, 100 * 16 / 52)
+    assert len(c.share_complaints()) == 1 and 'collapsed test cells add 30.8%' in c.share_complaints()[0]
+    assert [s.split()[1] for s in c.figure_complaints()] == ['#c2', '#c4']
+    assert len(c.wide_complaints()) == 1 and c.wide_complaints()[0].startswith('cell #c7: 108 columns')
+    assert len(c.term_complaints()) == 2 and len(c.complaints()) == 1 + 1 + 2 + 1 + 2 and c.id_complaints() == []
+    c.cells.append(c.cells[0])
+    assert c.id_complaints() == ['two cells have the id c0']
 
 
 @pytest.mark.parametrize('nb', chapters, ids=ids(chapters))
 def test_exports_need_runtime_requirements_only(nb):
     allowed = {'pillow': 'PIL'}
     needed = {allowed.get(n := re.split('[<>=]', w)[0].lower(), n) for w in settings['requirements'].split()}
-    needed.add('IPython')   # by ProgressCB, and only where a notebook has it running already
+    needed.add('IPython')   # for ProgressCB, which uses it only where a notebook has imported it already
     for source in exported(nb):
         for module, _ in imports(source):
             top = module.split('.')[0]
@@ -168,6 +236,16 @@ def test_exports_need_runtime_requirements_only(nb):
 
 
 # ---- modules
+
+@pytest.mark.parametrize('module,limit', [('module', 220), ('data', 300), ('training', 300), ('losses', 120)])
+def test_the_core_is_short(module, limit):
+    assert len((root / 'miniai' / f'{module}.py').read_text(encoding='utf-8').splitlines()) <= limit
+
+
+def test_the_core_uses_public_pytorch():
+    private = r'torch\._C|_execution_engine|_post_accumulate_grad_hooks|_backward_hooks|\._version'
+    assert re.findall(private, (root / 'miniai' / 'module.py').read_text(encoding='utf-8')) == []
+
 
 def test_every_module_comes_from_a_chapter():
     assert sorted(number) == [p.stem for p in modules], 'run nbdev_export; a module whose notebook is gone is deleted by hand'

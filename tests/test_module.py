@@ -354,6 +354,10 @@ def test_bwd_can_see_which_gradients_are_needed():
     layer.weight.requires_grad_(False)
     layer(torch.ones(1, 3, requires_grad=True)).sum().backward()
     assert seen == [(False, True, True), (True, False, True)]
+    layer, x = Linear(3, 2), torch.ones(1, 3)                      # a product that is not needed is not computed
+    frozen = layer.weight.detach()
+    assert [g is None for g in layer.bwd(torch.ones(1, 2), None, x, layer.weight, layer.bias)] == [True, False, False]
+    assert [g is None for g in layer.bwd(torch.ones(1, 2), None, x.requires_grad_(), frozen, layer.bias)] == [False, True, False]
 
 
 def test_hooks():
@@ -600,6 +604,8 @@ def test_check_twin_accepts_a_twin_and_leaves_its_state():
     twin = Good().double()
     twin.weight.data.mul_(3)
     layer, x = changed(), torch.randn(4, 3, **f64)
+    layer(x).sum().backward()                                      # an old gradient does not count
+    layer.calls.zero_()
     check_twin(layer, twin, x)
     for m in (layer, twin):
         assert m.calls == 0 and torch.equal(m.weight.data, torch.full((3,), 3., **f64)) and m.weight.grad is None
@@ -618,7 +624,7 @@ def test_check_twin_accepts_a_twin_and_leaves_its_state():
     (dict(bwd=lambda self, g, out, x, w, b: (torch.ones_like(g) * w, (g * x).sum(0), g.sum(0))), 'gradient of input 0'),
     (dict(bwd=spoils_grad), 'grad after bwd'),
     (dict(forward=spoils_input), 'gradient of weight|input 0 after'),
-    (dict(step=2), 'calls after the calls'),
+    (dict(step=2), 'calls after the call'),
 ])
 def test_check_twin_names_what_differs(what, message):
     twin = Good().double()
@@ -639,6 +645,16 @@ def test_check_twin_needs_a_bwd_and_the_same_dtype():
         def bwd(self, grad, out, input, target): return *super().bwd(grad, out, input, target)[:1], None
     with pytest.raises(AssertionError, match='gradient of input 1'): check_twin(Adds(), nn.MSELoss(), *torch.randn(2, 4, 3, **f64))
     check_twin(Adds(), nn.MSELoss(), *torch.randn(2, 4, 3, **f64), wrt=[0])
+
+
+def test_check_twin_notices_a_changed_input():
+    class Spoils(ReLU):
+        def forward(self, x):
+            out = x.clamp_min(0)
+            x.detach().add_(1)
+            return out
+        def bwd(self, grad, out, x): return grad * out.sign()
+    with pytest.raises(AssertionError, match='input 0 after the call'): check_twin(Spoils(), nn.ReLU(), torch.randn(4, 3, **f64))
 
 
 def test_check_twin_with_frozen_parameters_and_integer_inputs():
