@@ -25,11 +25,18 @@ if [ -e "$out" ] && [ -n "$(ls -A "$out")" ] && [ ! -f "$out/objects.inv" ]; the
 
 # ---- what it needs
 [ -x "$VENV/bin/python" ] || sh scripts/setup.sh
-wanted=$(sed -n 's/^site_requirements *= *//p' settings.ini)
-if ! "$VENV/bin/python" -c 'import furo, myst_nb, sphinx, sphinx_copybutton, fastcore.docments' 2>/dev/null; then
-    say "installing into $VENV: $wanted"
-    PIP_DISABLE_PIP_VERSION_CHECK=1 "$VENV/bin/python" -m pip install -q --no-input -c constraints.txt \
-        -c "$([ -f "$VENV/constraints.txt" ] && echo "$VENV/constraints.txt" || echo constraints.txt)" $wanted
+missing=$("$VENV/bin/python" -c '
+import re
+from importlib.metadata import PackageNotFoundError, version
+pins = dict(re.findall(r"^([\w-]+)==(\S+)", open("constraints.txt").read(), re.M))
+def installed(name):
+    try: return version(name)
+    except PackageNotFoundError: return None
+wanted = re.search(r"^site_requirements *= *(.+)$", open("settings.ini").read(), re.M)[1].split()
+print(*[w for w in wanted for name in [re.split("[<>=]", w)[0]] if installed(name) != pins[name]])')
+if [ -n "$missing" ]; then
+    say "installing into $VENV: $missing"
+    PIP_DISABLE_PIP_VERSION_CHECK=1 "$VENV/bin/python" -m pip install -q --no-input -c constraints.txt $missing
 fi
 mathjax=3.2.2
 sha256=d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a882
@@ -54,9 +61,10 @@ temp=$(mktemp -d)
 trap 'rm -rf "$temp"' EXIT
 trap 'exit 130' INT TERM
 "$VENV/bin/python" scripts/site_stage.py "$temp/pages"
-rm -rf "$out"
 MINIAI_MATHJAX=$store PYTHONPATH=$PWD PYTHONHASHSEED=0 OMP_NUM_THREADS=1 MPLBACKEND=agg SOURCE_DATE_EPOCH=1767225600 \
-    "$VENV/bin/python" -m sphinx -q -W --keep-going -j 2 -b html -c docs -d "$temp/doctrees" "$temp/pages" "$out"
-rm -f "$out/.buildinfo"
-touch "$out/.nojekyll"
+    "$VENV/bin/python" -m sphinx -q -W --keep-going -j 2 -b html -c docs -d "$temp/doctrees" "$temp/pages" "$temp/site"
+rm -f "$temp/site/.buildinfo"
+touch "$temp/site/.nojekyll"
+rm -rf "$out"
+mv "$temp/site" "$out"
 say "$(find "$out" -name '*.html' | wc -l | tr -d ' ') pages, $(du -sk "$out" | cut -f1) KB: open $out/index.html"

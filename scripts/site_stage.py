@@ -39,7 +39,8 @@ def definitions(source):
     "The public functions and classes that a cell of code defines"
     tree = ast.parse('\n'.join('' if re.match(r'\s*[%!?]', line) else line for line in source.splitlines()))
     names = [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-    names += [t.id for n in tree.body if isinstance(n, ast.Assign) and re.match(r'namedtuple|NamedTuple', ast.unparse(n.value)) for t in n.targets]
+    tuples = [n for n in tree.body if isinstance(n, ast.Assign) and re.match('namedtuple|NamedTuple', ast.unparse(n.value))]
+    names += [t.id for n in tuples for t in n.targets]
     return [n for n in names if not n.startswith('_')]
 
 
@@ -186,7 +187,8 @@ class Stage:
         "The tree of all pages, which gives the sidebar and the order of previous and next"
         def tree(caption, pages): return f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(pages) + '\n```\n'
         trees = [(caption, [nb.name for n, nb in self.chapters.items() if low <= n <= high]) for caption, low, high in parts]
-        trees += [('Solutions', [nb.name for nb in self.notebooks if nb.name.startswith('solutions/')]), ('Reference', ['notation.md', 'api/index.md'])]
+        trees += [('Solutions', [nb.name for nb in self.notebooks if nb.name.startswith('solutions/')]),
+                  ('Reference', ['notation.md', 'api/index.md'])]
         return '\n'.join(tree(caption, pages) for caption, pages in trees if pages)
 
     def api(self):
@@ -194,7 +196,8 @@ class Stage:
         folder.mkdir()
         lines = []
         for module, nb in self.modules.items():
-            lines.append(f'| [`miniai.{module}`]({module}.md) | {", ".join(f"{{py:obj}}`{n} <miniai.{module}.{n}>`" for n in nb.exports)} |')
+            names = ', '.join(f'{{py:obj}}`{n} <miniai.{module}.{n}>`' for n in nb.exports)
+            lines.append(f'| [`miniai.{module}`]({module}.md) | {names} |')
             page = (f'# miniai.{module}\n\nBuilt in chapter [{nb.title}](../{nb.name}).\n\n'
                     f'```{{eval-rst}}\n.. automodule:: miniai.{module}\n```\n')
             (folder / f'{module}.md').write_text(page, encoding='utf-8')

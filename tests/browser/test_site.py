@@ -1,5 +1,4 @@
-"The site: how pages are staged from notebooks, and every page in a headless Chromium, from file:// and over http."
-import json
+"The site: every page in a headless Chromium, from file:// and over http."
 import os
 import re
 import shutil
@@ -13,91 +12,22 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
-from browser import chromium, need, screenshot
+from chromium import chromium, need, screenshot
 
-root = Path(__file__).resolve().parents[1]
+root = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(root / 'scripts'))
 import site_stage  # noqa: E402
 
 notebooks = site_stage.all_notebooks()
 modules = [nb.module for nb in notebooks if nb.module]
-browser_test = pytest.mark.browser
 
 
-# ---- staging
-
-def code(source, *outputs, **metadata): return dict(cell_type='code', id='c0de0000', metadata=metadata, source=source, outputs=list(outputs))
-
-
-def prose(source): return dict(cell_type='markdown', id='90e70000', metadata={}, source=source)
+def build(folder):
+    command = ['sh', root / 'scripts/make_site.sh', folder]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, 'VENV': sys.prefix})
 
 
-figure = dict(output_type='display_data', metadata={}, data={'image/png': ''})
-
-
-@pytest.fixture
-def stage(tmp_path, monkeypatch):
-    "A course of one chapter and its solutions; returns a function that stages it from the given cells"
-    (tmp_path / 'nbs/solutions').mkdir(parents=True)
-    (tmp_path / 'docs').mkdir()
-    (tmp_path / 'docs/notation.md').write_text('# Notation\n\n| term | meaning | chapter |\n|---|---|---|\n| sum | of all | 03 |\n')
-    (tmp_path / 'LICENSE').write_text('')
-    (tmp_path / 'picture.png').write_text('')
-    monkeypatch.setattr(site_stage, 'root', tmp_path)
-    monkeypatch.setattr(site_stage, 'nbs', tmp_path / 'nbs')
-    def write(*cells, solution=''):
-        for name, cells in ('03_sums.ipynb', [prose('# 03 Sums\n\n> Why.'), *cells]), ('solutions/03_sums.ipynb', [prose('# Solved\n' + solution)]):
-            nb = dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)
-            (tmp_path / 'nbs' / name).write_text(json.dumps(nb))
-        out = tmp_path / 'out'
-        shutil.rmtree(out, ignore_errors=True)
-        site_stage.Stage(out).write()
-        return [[c for c in json.loads((out / name).read_text())['cells']] for name in ('03_sums.ipynb', 'solutions/03_sums.ipynb')]
-    return write
-
-
-def test_directives_go_and_cells_that_held_nothing_else(stage):
-    cells, _ = stage(code('#| default_exp sums'), code('#| export\nimport math'), code('#| hide\nsecret()'), code('x = 1 # | not one'))
-    assert [c['source'] for c in cells[1:]] == ['import math', 'x = 1 # | not one']
-
-
-def test_alt_text_and_collapsed_cells(stage):
-    cells, _ = stage(code('#| fig-alt: a line that falls\nplot()', figure), code('check()', tags=['hide-cell']),
-                     code('check()', jupyter={'source_hidden': True}))
-    assert cells[1]['source'] == 'plot()' and cells[1]['metadata'] == {'mystnb': {'image': {'alt': 'a line that falls'}}}
-    assert [c['metadata'] for c in cells[2:]] == [{'tags': ['hide-cell']}] * 2
-
-
-def test_a_figure_without_alt_text_is_an_error(stage):
-    with pytest.raises(SystemExit, match='c0de0000 shows a figure'): stage(code('plot()', figure))
-
-
-def test_links(stage):
-    cells, solved = stage(prose('[a](solutions/03_sums.ipynb) [b](../LICENSE) [c](#The-Sum) [d](https://x.org) ![e](../picture.png) chapters 02 and 03'),
-                          solution='[b](../03_sums.ipynb#A-B), chapter 03')
-    assert cells[1]['source'] == (f'[a](solutions/03_sums.ipynb) [b]({site_stage.github}/blob/main/LICENSE) [c](#the-sum) [d](https://x.org) '
-                                  '![e](/images/picture.png) chapters 02 and [03](03_sums.ipynb)')
-    assert '[b](../03_sums.ipynb#a-b), [chapter 03](../03_sums.ipynb)' in solved[0]['source']
-    with pytest.raises(SystemExit, match='nowhere.md leads nowhere'): stage(prose('[a](nowhere.md)'))
-
-
-def test_names_lead_to_the_api_once(stage):
-    export = code('#| export\ndef total(x): return sum(x)\ndef _own(x): return x')
-    cells, _ = stage(code('#| default_exp sums'), prose('## `total`\n\nOur `total()`, `total` and `sum`; $`total`$.'), export)
-    assert cells[1]['source'] == '## `total`\n\nOur {py:obj}`total() <miniai.sums.total>`, `total` and `sum`; $`total`$.'
-    assert cells[2]['source'].startswith('(built-sums-total)=') and '_own' not in cells[2]['source']
-    assert cells[3]['source'] == export['source'].partition('\n')[2]
-
-
-def test_help():
-    r = subprocess.run(['sh', root / 'scripts/make_site.sh', '--help'], capture_output=True, text=True)
-    assert r.returncode == 0 and 'file://' in r.stdout and 'set -eu' not in r.stdout
-
-
-# ---- the pages, in a browser
-
-def build(folder): return subprocess.Popen(['sh', root / 'scripts/make_site.sh', folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                           env={**os.environ, 'VENV': sys.prefix})
+def page_of(nb): return nb.name.replace('.ipynb', '.html')
 
 
 def finish(process):
@@ -176,40 +106,34 @@ def prose_of(nb):
     return re.sub(r'^ *```.*?^ *```|`[^`\n]+`', '', source, flags=re.M | re.S)
 
 
-@browser_test
 def test_every_notebook_and_module_has_a_page(pages):
-    wanted = [nb.name.replace('.ipynb', '.html') for nb in notebooks] + [f'api/{m}.html' for m in modules] + ['notation.html', 'api/index.html']
+    wanted = [page_of(nb) for nb in notebooks] + [f'api/{m}.html' for m in modules] + ['notation.html', 'api/index.html']
     assert sorted(pages[0]) == sorted(wanted)
 
 
-@browser_test
 def test_no_request_leaves_the_machine(pages, folder):
     _, requests, errors = pages
     assert requests and [r for r in requests if not r.startswith((folder.as_uri(), 'data:'))] == []
     assert errors == []
 
 
-@browser_test
 def test_every_formula_is_a_picture(pages):
     found, *_ = pages
-    sources = {nb.name.replace('.ipynb', '.html'): prose_of(nb) for nb in notebooks}
+    sources = {page_of(nb): prose_of(nb) for nb in notebooks}
     sources['notation.html'] = re.sub(r'`[^`\n]+`', '', (root / 'docs/notation.md').read_text(encoding='utf-8'))
     wanted = {name: len(re.findall(r'\$\$.+?\$\$|\$[^$]+\$', s, re.S)) for name, s in sources.items()}
     assert {name: p['formulas'] for name, p in found.items() if p['formulas'] != wanted.get(name, 0)} == {}
     assert sum(wanted.values()) > 300 and not any(p['wrong'] for p in found.values())
 
 
-@browser_test
 def test_no_formula_is_left_as_source(pages):
     marks = re.compile(r'.{0,20}(?:\$|\\[a-zA-Z]+|\\\(|\{py:).{0,20}')
     assert {name: m[0] for name, p in pages[0].items() if (m := marks.search(p['text']))} == {}
 
 
-@browser_test
 def test_a_phone_need_not_scroll_sideways(pages): assert {name: p['width'] for name, p in pages[0].items() if p['width'] > 390} == {}
 
 
-@browser_test
 def test_every_figure_is_there_with_an_alt_text_of_its_own(pages):
     images = [(name, i) for name, p in pages[0].items() for i in p['images']]
     stored = sum(any(k.startswith('image/') for k in o.get('data', {})) for nb in notebooks for c in nb.cells for o in c.get('outputs', []))
@@ -219,17 +143,16 @@ def test_every_figure_is_there_with_an_alt_text_of_its_own(pages):
     assert sorted({a for a in alts if alts.count(a) > 1}) == []
 
 
-@browser_test
 def test_checks_are_collapsed_and_code_can_be_copied(pages):
     for nb in notebooks:
-        page = pages[0][nb.name.replace('.ipynb', '.html')]
-        hidden = [c for c in nb.cells if 'hide-cell' in c['metadata'].get('tags', []) or c['metadata'].get('jupyter', {}).get('source_hidden')]
+        page = pages[0][page_of(nb)]
+        meta = [c['metadata'] for c in nb.cells]
+        hidden = [m for m in meta if 'hide-cell' in m.get('tags', []) or m.get('jupyter', {}).get('source_hidden')]
         assert page['collapsed'] == len(hidden), nb.name
-        shown = [s for s in nb.code if re.sub(r'^#\s*\|.*\n?', '', s, flags=re.M).strip() and site_stage.directive(s, 'hide') is None]
+        shown = [s for s in nb.code if site_stage.directive(s, 'hide') is None and re.sub(r'^#\s*\|.*\n?', '', s, flags=re.M).strip()]
         assert page['buttons'] >= len(shown), nb.name
 
 
-@browser_test
 def test_every_internal_link_resolves(folder):
     html = {p: p.read_text(encoding='utf-8') for p in folder.rglob('*.html')}
     ids = {p: set(re.findall(r'\bid="([^"]+)"', s)) for p, s in html.items()}
@@ -246,11 +169,10 @@ def test_every_internal_link_resolves(folder):
     assert n > 1000 and sorted(set(broken)) == []
 
 
-@browser_test
 def test_chapters_lead_on_and_back_and_out(folder):
     numbered = [nb for nb in notebooks if nb.number and '/' not in nb.name]
     for before, nb, after in zip([None, *numbered], numbered, [*numbered[1:], None]):
-        html = (folder / nb.name.replace('.ipynb', '.html')).read_text(encoding='utf-8')
+        html = (folder / page_of(nb)).read_text(encoding='utf-8')
         for which, other in ('prev', before), ('next', after):
             if other: assert f'rel="{which}" title="{other.title}" href="{other.name.replace(".ipynb", ".html")}"' in html
         where = f'{site_stage.cfg["user"]}/{site_stage.cfg["repo"]}/blob/{site_stage.cfg["branch"]}/nbs/{nb.name}'
@@ -258,7 +180,6 @@ def test_chapters_lead_on_and_back_and_out(folder):
             assert f'href="{link}"' in html, f'{nb.name} has no link to {link}'
 
 
-@browser_test
 @pytest.mark.parametrize('module', modules)
 def test_api(module, folder):
     m = import_module('miniai.' + module)
@@ -289,11 +210,9 @@ def search(browser, url, allowed):
     return excerpts
 
 
-@browser_test
 def test_search_from_a_file(browser, folder): search(browser, folder.as_uri(), 'file://')
 
 
-@browser_test
 def test_search_over_http(browser, folder):
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args): "Print nothing"
@@ -306,7 +225,6 @@ def test_search_over_http(browser, folder):
         server.server_close()
 
 
-@browser_test
 def test_light_and_dark(browser, folder):
     colour = 'e => getComputedStyle(e).backgroundColor.match(/[0-9.]+/g).slice(0, 3).map(Number).reduce((a, b) => a + b)/765'
     for scheme in 'light', 'dark':
@@ -326,7 +244,6 @@ def test_light_and_dark(browser, folder):
         context.close()
 
 
-@browser_test
 def test_two_builds_are_identical(site):
     first, second, process = site
     finish(process)

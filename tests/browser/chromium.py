@@ -1,9 +1,10 @@
-"""A headless Chromium for test_site.py and test_jupyterlab.py.
+"""A headless Chromium for the tests in this folder, which `scripts/run_tests.py --browser` runs.
 
 Without playwright or a Chromium these tests are skipped, and named as skipped; with MINIAI_BROWSER=1, as in .ci/run, they fail."""
 import os
 import shutil
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,13 @@ def need(what, there):
 @contextmanager
 def chromium():
     "A Chromium with a fresh profile, which asks nothing of the network by itself"
-    try: from playwright.sync_api import sync_playwright
+    try: sync_api = import_module('playwright.sync_api')
     except ImportError: need('the package playwright', False)
     path = next((p for p in map(shutil.which, places) if p), None)
     need('Chromium', path)
     args = ['--disable-background-networking', '--disable-component-update', '--no-first-run']
     if os.getuid() == 0: args.append('--no-sandbox')
-    with sync_playwright() as p:
+    with sync_api.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=path, args=args)
         try: yield browser
         finally: browser.close()
