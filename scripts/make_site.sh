@@ -63,7 +63,7 @@ trap 'exit 130' INT TERM
 "$VENV/bin/python" scripts/site_stage.py "$temp/pages"
 MINIAI_MATHJAX=$store PYTHONPATH=$PWD PYTHONHASHSEED=0 OMP_NUM_THREADS=1 MPLBACKEND=agg SOURCE_DATE_EPOCH=1767225600 \
     "$VENV/bin/python" -m sphinx -q -W --keep-going -j 2 -b html -c docs -d "$temp/doctrees" "$temp/pages" "$temp/site"
-rm -f "$temp/site/.buildinfo"
+rm -rf "$temp/site/.buildinfo" "$temp/site/_sources"
 touch "$temp/site/.nojekyll"
 rm -rf "$out"
 mv "$temp/site" "$out"

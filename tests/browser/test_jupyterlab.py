@@ -118,7 +118,7 @@ def opened(browser, lab, name):
     context = browser.new_context(viewport=dict(width=1300, height=900))
     page, requests = context.new_page(), []
     page.on('request', lambda r: requests.append(r.url))
-    page.goto(f'{lab}/lab/tree/{name}')
+    page.goto(f'{lab}/lab/tree/{name}?reset')   # without the notebooks of the test before
     page.wait_for_function('window.jupyterapp', timeout=60_000)
     page.evaluate(start)
     try: yield page
