@@ -44,11 +44,13 @@ class Optimizer(SGD):
     def add_param_group(self,
         group:dict, # `params`, and the options that differ from `defaults`
     ):
-        "Train these parameters too; `ValueError` or `TypeError` for an unknown or invalid option, and for a tensor that is no leaf or is given twice"
+        "Train these parameters too; `ValueError` or `TypeError` for an unknown or invalid option or tensor"
         new = {**self.defaults, **group, 'params': _tensors(_name(self), group['params'])}
         _check_options(self, new)
         every = self._params() + new['params']
-        if len(set(every)) < len(every): raise ValueError(f'{_name(self)}: a parameter is given twice and would be updated twice per step; remove one')
+        if len(set(every)) < len(every):
+            raise ValueError(f'{_name(self)}: a parameter is given twice and would be updated twice per step; '
+                             'remove one')
         self.param_groups.append(new)
 
     @torch.no_grad()
@@ -59,7 +61,8 @@ class Optimizer(SGD):
             if not params: continue
             grads = [p.grad for p in params]
             if any(d.layout is not torch.strided for d in grads):
-                raise TypeError(f'{_name(self)}: a gradient is sparse, but this optimiser updates every entry; use torch.optim.SparseAdam')
+                raise TypeError(f'{_name(self)}: a gradient is sparse, but this optimiser updates every entry; '
+                                'use torch.optim.SparseAdam')
             penalty = 0 if g.get('decoupled_weight_decay') else g['weight_decay']
             if g['maximize'] or penalty: grads = self.copies('grads', params, grads)
             if g['maximize']: torch._foreach_neg_(grads)
@@ -109,7 +112,8 @@ class Optimizer(SGD):
         own, given = self.param_groups, state_dict['param_groups']
         sizes, wanted = [len(g['params']) for g in given], [len(g['params']) for g in own]
         if sizes != wanted:
-            raise ValueError(f'{_name(self)}.load_state_dict: the state has groups of {sizes} parameters, this optimiser has groups of {wanted}')
+            raise ValueError(f'{_name(self)}.load_state_dict: the state has groups of {sizes} parameters, '
+                             f'this optimiser has groups of {wanted}')
         groups = [{**g, **new, 'params': g['params']} for g, new in zip(own, given)]
         for g in groups: _check_options(self, g)
         param = dict(zip([i for g in given for i in g['params']], self._params()))
@@ -136,7 +140,9 @@ def _tensors(name, params)->list:
     params = [params] if isinstance(params, Tensor) else list(params)
     for p in params:
         if not isinstance(p, Tensor): raise TypeError(f'{name}: params contains a {_name(p)}, must be tensors or dicts')
-        if not p.is_leaf: raise ValueError(f'{name}: a tensor of shape {tuple(p.shape)} was computed from others; pass the parameters themselves')
+        if not p.is_leaf:
+            raise ValueError(f'{name}: a tensor of shape {tuple(p.shape)} was computed from others; '
+                             'pass the parameters themselves')
         if p.is_complex(): raise TypeError(f'{name}: a parameter is complex; train its torch.view_as_real instead')
     return params
 
@@ -159,7 +165,8 @@ def _check_options(opt, g):
 def _fitting(opt, p, name, value):
     "A copy of a saved value, with the parameter's dtype and device"
     if name not in opt.keeps:
-        raise ValueError(f'{_name(opt)}.load_state_dict: the state contains {name!r}, which this optimiser does not use; is it the state of another one?')
+        raise ValueError(f'{_name(opt)}.load_state_dict: the state contains {name!r}, '
+                         'which this optimiser does not use; is it the state of another one?')
     if name == 'step': return torch.tensor(float(value), dtype=_count_dtype())
     if value.shape != p.shape:
         raise ValueError(f'{_name(opt)}.load_state_dict: {name} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}')
@@ -179,7 +186,7 @@ class Momentum(Optimizer):
         nesterov:bool=False,  # step along the next sum, assuming the same gradient again?
         *,
         maximize:bool=False,  # increase the objective?
-        foreach:bool|None=None, differentiable:bool=False, fused:bool|None=None, # accepted for the twin: the first changes nothing, the others must be off
+        foreach:bool|None=None, differentiable:bool=False, fused:bool|None=None, # the first has no effect, the others must be off
     ):
         super().__init__(params, dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
                                       maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused))
@@ -334,7 +341,8 @@ class Schedule:
     def _set(self, t):
         groups = self.optimizer.param_groups
         if len(groups) != len(self.base_lrs):
-            raise ValueError(f'{_name(self)}: made for {len(self.base_lrs)} groups, but the optimiser now has {len(groups)}; make a new schedule')
+            raise ValueError(f'{_name(self)}: made for {len(self.base_lrs)} groups, '
+                             f'but the optimiser now has {len(groups)}; make a new schedule')
         self.last_epoch = t
         for g, base in zip(groups, self.base_lrs): self._change(g, t, base)
         self._last_lr = [g['lr'] for g in groups]
@@ -357,7 +365,8 @@ class Schedule:
         own, given = set(self.state_dict()), set(state_dict) - notes
         if own != given:
             more, less = sorted(given - own), sorted(own - given)
-            raise ValueError(f'{_name(self)}.load_state_dict: the state has the unknown entries {more} and lacks {less}; is it the state of another schedule?')
+            raise ValueError(f'{_name(self)}.load_state_dict: the state has the unknown entries {more} and lacks '
+                             f'{less}; is it the state of another schedule?')
         vars(self).update({k: state_dict[k] for k in own})
 
 # %% ../nbs/10_optimizers.ipynb #66d663a0
@@ -432,7 +441,8 @@ class OneCycleLR(Schedule):
     ):
         self.total_steps = epochs*steps_per_epoch if total_steps is None and epochs and steps_per_epoch else total_steps
         if not isinstance(self.total_steps, int) or self.total_steps < 1:
-            raise ValueError(f'OneCycleLR: total_steps is {self.total_steps!r}, must be an integer of 1 or more; or give epochs and steps_per_epoch')
+            raise ValueError(f'OneCycleLR: total_steps is {self.total_steps!r}, must be an integer of 1 or more; '
+                             'or give epochs and steps_per_epoch')
         if anneal_strategy not in ('cos', 'linear'):
             raise ValueError(f"OneCycleLR: anneal_strategy is {anneal_strategy!r}, must be 'cos' or 'linear'")
         rise = float(pct_start*self.total_steps)
@@ -457,7 +467,9 @@ class OneCycleLR(Schedule):
         super().__init__(optimizer)
 
     def _change(self, g, t, base):
-        if t > self.total_steps: raise ValueError(f'OneCycleLR: step {t} is beyond the cycle of {self.total_steps} steps; make a new schedule for a new run')
+        if t > self.total_steps:
+            raise ValueError(f'OneCycleLR: step {t} is beyond the cycle of {self.total_steps} steps; '
+                             'make a new schedule for a new run')
         g['lr'] = self._between(g, t, 'lr')
         if not self.cycle_momentum: return
         momentum = self._between(g, t, 'momentum')
@@ -478,7 +490,9 @@ class OneCycleLR(Schedule):
 def _each(name, value, groups)->list:
     "One value for each group"
     values = list(value) if isinstance(value, (list, tuple)) else [value]*len(groups)
-    if len(values) != len(groups): raise ValueError(f'OneCycleLR: {name} has {len(values)} values for {len(groups)} groups; give one value, or one per group')
+    if len(values) != len(groups):
+        raise ValueError(f'OneCycleLR: {name} has {len(values)} values for {len(groups)} groups; '
+                         'give one value, or one per group')
     return values
 
 # %% ../nbs/10_optimizers.ipynb #cf6a7233
@@ -521,7 +535,9 @@ class SequentialLR(Schedule):
     ):
         "Continue from a saved state"
         own, given = self._schedulers, state_dict.get('_schedulers', ())
-        if len(own) != len(given): raise ValueError(f'SequentialLR.load_state_dict: the state has {len(given)} schedules, this sequence {len(own)}')
+        if len(own) != len(given):
+            raise ValueError(f'SequentialLR.load_state_dict: the state has {len(given)} schedules, '
+                             f'this sequence {len(own)}')
         super().load_state_dict(state_dict)
         self._schedulers = own
         for s, state in zip(own, given): s.load_state_dict(state)
@@ -542,7 +558,8 @@ class ReduceLROnPlateau(Schedule):
     ):
         if not factor < 1: raise ValueError(f'ReduceLROnPlateau: factor is {factor}, must be below 1')
         if mode not in ('min', 'max') or threshold_mode not in ('rel', 'abs'):
-            raise ValueError(f"ReduceLROnPlateau: mode is {mode!r}, must be 'min' or 'max'; threshold_mode is {threshold_mode!r}, must be 'rel' or 'abs'")
+            raise ValueError(f"ReduceLROnPlateau: mode is {mode!r}, must be 'min' or 'max'; "
+                             f"threshold_mode is {threshold_mode!r}, must be 'rel' or 'abs'")
         self.optimizer, self.mode, self.factor, self.patience, self.threshold = optimizer, mode, factor, patience, threshold
         self.threshold_mode, self.cooldown, self.eps = threshold_mode, cooldown, eps
         self.min_lrs = _each('min_lr', min_lr, optimizer.param_groups)
@@ -595,7 +612,7 @@ class SchedulerCB(Callback):
     order = 50 # after callbacks that read a batch's learning rate, before those that save
 
     def __init__(self,
-        make,             # `make(opt, steps)` returns the schedule; `steps`: the number of its steps in this fit, None if the loader has no length
+        make,             # `make(opt, steps)` returns the schedule; `steps`: how many this fit takes, None if unknown
         each:str='batch', # step after each 'batch' whose gradients were used, or each 'epoch'
         monitor:str='valid_loss', # entry of the epoch's record for a plateau schedule
     ):

@@ -290,7 +290,7 @@ def fit(
                 sizes.append(len(yb))
                 first = False
         if not losses:
-            raise ValueError(f'fit: no batch in epoch {epoch}; is train_dl empty, short or used up?')
+            raise ValueError(f'fit: no batch in epoch {epoch}; is train_dl empty or used up?')
         train_loss = _mean_loss(losses, sizes, 'fit', f'epoch {epoch} at batch')
         valid_loss, score = evaluate(model, loss_func, valid_dl, metric)
         seconds = time.perf_counter() - start
