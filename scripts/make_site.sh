@@ -36,7 +36,7 @@ wanted = re.search(r"^site_requirements *= *(.+)$", open("settings.ini").read(),
 print(*[w for w in wanted for name in [re.split("[<>=]", w)[0]] if installed(name) != pins[name]])')
 if [ -n "$missing" ]; then
     say "installing into $VENV: $missing"
-    PIP_DISABLE_PIP_VERSION_CHECK=1 "$VENV/bin/python" -m pip install -q --no-input -c constraints.txt $missing
+    PIP_DISABLE_PIP_VERSION_CHECK=1 "$VENV/bin/python" -m pip install -qq --no-input -c constraints.txt $missing
 fi
 mathjax=3.2.2
 sha256=d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a882

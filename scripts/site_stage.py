@@ -147,7 +147,9 @@ class Stage:
         if nb.path.parent != nbs: links.append(f'[The chapter](../{nb.path.name})')
         if nb.module: links.append(f'[API](api/{nb.module}.md)')
         if not nb.number: links.append('[API](api/index.md)')
-        return '```{rst-class} page-links\n```\n\n' + ' · '.join([*links, f'[Notation and terms]({up}notation.md)'])
+        links.append(f'[Notation and terms]({up}notation.md)')
+        colab = f'In Colab, run `%pip install git+{github}` first.'
+        return '```{rst-class} page-links\n```\n\n' + ' · '.join(links) + '. ' + colab
 
     def code_cell(self, cell, nb):
         "The cells that replace a cell of code: none if it held only directives"
