@@ -192,7 +192,8 @@ def test_error(name):
 
 
 @pytest.mark.parametrize('kwargs', [dict(outs=(-1, 1), targets=(-1, 1)), dict(outs=(-1,), targets=(-1,)),
-                                    dict(bs=1, n=3, loss=lambda out, yb: (out - yb).square().mean()), dict(dtype=torch.int64, loss=lambda out, yb: out.mean())],
+                                    dict(bs=1, n=3, loss=lambda out, yb: (out - yb).square().mean()),
+                                    dict(dtype=torch.int64, loss=lambda out, yb: out.mean())],
                          ids=['columns', 'flat', 'one example', 'labels'])
 def test_equal_shapes_single_examples_and_labels_pass(kwargs):
     assert len(column(**kwargs)) == 1
