@@ -22,7 +22,7 @@ setup(
     packages=find_packages(include=['miniai', 'miniai.*']), package_dir={'': '.'},
     include_package_data=False, package_data={'miniai': ['_sample/*']},
     python_requires=f'>={cfg["min_python"]}', install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split(), 'tensorboard': cfg['tensorboard_requirements'].split()},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'site', 'tensorboard')},
     entry_points={
         'console_scripts': [line for line in cfg['console_scripts'].split('\n') if line.strip()],
         'nbdev': [f'{cfg["lib_path"]}={cfg["lib_path"]}._modidx:d'],

@@ -522,10 +522,12 @@ class _Page(_Lines):
     def row(self, record): self.lines += self.table.add(record)
 
     def curve(self, losses, valid):
+        start, first = time.perf_counter(), 'curve' not in self.shown
+        if len(losses) < 2 or start < self.next: return
+        picture = base64.b64encode(_curve(losses, valid)).decode()
+        self._put('curve', {'image/png': picture, 'text/plain': 'the loss, batch by batch'})
         now = time.perf_counter()
-        if len(losses) < 2 or now < self.next: return
-        self._put('curve', {'image/png': base64.b64encode(_curve(losses, valid)).decode(), 'text/plain': 'the loss, batch by batch'})
-        self.next = time.perf_counter() + 20*(time.perf_counter() - now)
+        self.next = now if first else now + 20*(now - start) # the first picture imports matplotlib
 
     def end(self, losses, valid):
         if self.lines or self.shown: self._put('table', {'text/html': self.table.html(), 'text/plain': '\n'.join(self.lines)})

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Run pytest over every file of tests and `nbdev_test` over every notebook, two at a time, and count what ran.
 
-    python scripts/run_tests.py                     everything
+    python scripts/run_tests.py                     everything but what --browser runs
     python scripts/run_tests.py --only 00 04        the notebooks whose names begin so, solutions too; no tests
     python scripts/run_tests.py --only 10 --slow    with the long trainings, cells flagged `#| slow`, which are left out otherwise
+    python scripts/run_tests.py --browser           only tests/browser: the site, and JupyterLab, in a headless Chromium
 
 nbdev_test alone counts nothing, has no time-out, and succeeds when no notebook matches; so each notebook gets an
 nbdev_test process of its own, and only one that was seen to start, to complete and to run code counts as passed.
@@ -206,17 +207,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', nargs='+', metavar='NN', help='only the notebooks whose names begin so, and no tests')
     parser.add_argument('--slow', action='store_true', help='cells flagged `#| slow` too; some take minutes')
+    parser.add_argument('--browser', action='store_true', help='the tests that need a Chromium, and no notebooks')
     parser.add_argument('--jobs', type=int, default=min(2, os.cpu_count() or 1), help='processes at a time (%(default)s)')
     parser.add_argument('--timeout', type=float, default=900, metavar='S', help='seconds for each of them (%(default)g)')
     args = parser.parse_args()
     os.chdir(root)
-    paths = notebooks(args.only)
+    paths = [] if args.browser else notebooks(args.only)
     env = {**os.environ, **quiet}
     nbdev_test = Path(sys.executable).parent / 'nbdev_test'
     if not nbdev_test.exists(): sys.exit(usage(f'{nbdev_test} is missing: run `sh scripts/setup.sh dev`'))
     data, results, start = choose_data(env), {'passed': [], 'failed': [], 'skipped': []}, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        tests = [] if args.only else sorted((root / 'tests').glob('test_*.py'), key=lambda p: -p.stat().st_size)
+        where = root / 'tests' / ('browser' if args.browser else '')
+        tests = [] if args.only else sorted(where.glob('test_*.py'), key=lambda p: -p.stat().st_size)
         print(f'{len(tests)} files of tests and {len(paths)} notebooks, {args.jobs} at a time', flush=True)
         todo = [Tests(p, args.timeout, folder) for p in tests] + [Notebook(p, args.timeout, args.slow) for p in paths]
         run_all(todo, env, args.jobs, results)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import termios
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -313,6 +314,22 @@ def test_ctrl_c_leaves_a_clean_line():
 def test_an_ascii_terminal_is_sent_ascii():
     said, status = in_terminal(SCRIPT + 'learner(cbs=[ProgressCB(every=0)]).fit(1)', env={'PYTHONIOENCODING': 'ascii'})
     assert status == 0 and said.isascii() and 'lr 0.1' in said
+
+
+def test_the_curve_waits_20_times_as_long_as_it_took_but_not_for_the_import(monkeypatch):
+    clock, took, drawn, view = [0.], [5., .11, .22, .11, .11], [], callbacks._Page()
+    def draw(losses, valid):
+        clock[0] += took.pop(0)
+        drawn.append(len(losses))
+        return b''
+    monkeypatch.setattr(callbacks, '_curve', draw)
+    monkeypatch.setattr(callbacks, 'time', types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    view._put = lambda which, bundle: view.shown.update({which: bundle})
+    for n in range(1, 20):
+        clock[0] += .5
+        view.curve([1.]*n, [])
+    view.end([1.]*20, [])               # the last one is always drawn
+    assert drawn == [2, 3, 8, 17, 20]   # the first took 5 s; then pauses of 2.2 and 4.4 s
 
 
 KILLED = SCRIPT + '''
