@@ -9,6 +9,7 @@ __all__ = ['RULES', 'Quantity', 'Op', 'Pass', 'read_graph', 'record', 'rule', 'P
 import base64
 import html
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -162,6 +163,8 @@ def record(
     **names:Tensor,     # names of tensors to show, such as `w1=w1`; a net's parameters have some
 )->Pass:
     "Run a forward and a backward pass and keep all that autograd computes; no `.grad` is changed"
+    if taken := [n for n in names if re.fullmatch(r'out|loss|h\d+', n)]:
+        raise ValueError(f'play: the names {taken} are taken by results; use other names')
     x = x.detach().clone().requires_grad_(x.is_floating_point())
     with torch.enable_grad(), Calls() as calls:
         out = model(x)
@@ -221,7 +224,8 @@ RULES = {
     'Add': rule('x + y', x=_plain, y=_plain), 'Sub': rule('x - y', x=_plain, y=_minus),
     'Mul': rule('x * y', x=[('grad * y', 'y'), ('(grad * y).sum(0)', 'y')],
                 y=[('grad * x', 'x'), ('(grad * x).sum(0)', 'x')]),
-    'Div': rule('x / y', x=('grad / y', '1 / y'), y=('-grad * x / y**2', '-x / y**2')),
+    'Div': rule('x / y', x=[('grad / y', '1 / y'), ('(grad / y).sum(0)', '1 / y')],
+                y=[('-grad * x / y**2', '-x / y**2'), ('(-grad * x / y**2).sum(0)', '-x / y**2')]),
     'Pow': rule('x**k', x=[('grad * 2*x', '2*x'), ('grad * k*x**(k - 1)', 'k*x**(k - 1)')]),
     'Matmul': rule('x @ y', x=('grad @ y.T', 'y.T'), y=('x.T @ grad', 'x.T')),
     'Addmm': rule('y @ z + x', x=('grad.sum(0)', '1'), y=('grad @ z.T', 'z.T'),
@@ -305,14 +309,13 @@ def gradient_formula(op, i):
             return found[1], *(formula(local, op) or (None, ''))
     if op.kind in ('Select', 'Slice', 'Index', 'Gather'):
         return 'grad at the selected places, 0 elsewhere', None, ''
-    if op.outgoing[i].numel() == op.out.grad.numel() and torch.equal(
-        op.outgoing[i].flatten(), op.out.grad.flatten()):
+    if op.kind in ('View', 'UnsafeView', 'Reshape', 'Unsqueeze', 'Squeeze', 'Clone'):
         return 'grad in the shape of the input', None, ''
     other = 'bwd of this layer' if op.layer is not None else f'rule of autograd for {op.kind}'
     return other, None, ''
 
 # %% ../nbs/75_backward_player.ipynb #0522f2c0
-BIGGEST = 8 # rows and columns of the largest matrix that we draw
+BIGGEST = 6 # rows and columns of the largest matrix that we draw
 
 def as_matrix(t):
     "The numbers of a tensor as a list of rows: a vector is one row, extra dimensions are joined"
@@ -342,7 +345,8 @@ class Script:
 
     def grid(self, name, t):
         "Keep a tensor to be drawn under a caption; its index"
-        found = dict(name=name, shape=shape_text(t), rows=as_matrix(t))
+        rows = [[v if math.isfinite(v) else str(v) for v in row] for row in as_matrix(t)]
+        found = dict(name=name, shape=shape_text(t), rows=rows) # JSON has no nan and no inf
         if found not in self.tensors: self.tensors.append(found)
         return self.tensors.index(found)
 
@@ -556,15 +560,16 @@ def graph_svg(recorded):
 # %% ../nbs/75_backward_player.ipynb #bd2e47f0
 def number_text(v):
     "A number in at most eight characters, with a real minus sign"
-    text = f'{v:.3g}'
-    if 'e' in text: text = re.sub(r'e([+-])0', r'e\1', f'{v:.1e}').replace('e+', 'e')
-    return ('0' if text == '-0' else text).replace('-', '−')
+    whole = math.isfinite(v) and v == int(v) and abs(v) < 1e5
+    text = str(int(v)) if whole else f'{v:.3g}'
+    if 'e' in text or 0 < abs(v) < .001: text = re.sub(r'e([+-])0', r'e\1', f'{v:.1e}').replace('e+', 'e')
+    return text.replace('-', '−')
 
 
 def svg_grid(t, x, y):
     "A tensor as a grid of coloured numbers with its corner at `(x, y)`, and its width and height"
     rows, parts = as_matrix(t), []
-    most = max([abs(v) for row in rows for v in row if v - v == 0], default=0) or 1
+    most = max([abs(v) for row in rows for v in row if math.isfinite(v)], default=0) or 1
     for r, row in enumerate(rows):
         for c, v in enumerate(row):
             strength = min(1, abs(v) / most) * .6 if v == v else 1
@@ -672,7 +677,7 @@ const make = (tag, text = '', name = '') =>
 
 function numberText(v) {
   if (typeof v === 'string') return v
-  const a = Math.abs(v), short = a && (a < 1e-4 || a >= 999.5)
+  const a = Math.abs(v), short = a && (a < .001 || a >= 999.5)
   const text = short && !(a < 1e5 && Number.isInteger(v)) ? v.toExponential(1).replace('e+', 'e')
     : String(short ? v : +v.toPrecision(3))
   return text.replaceAll('-', '−')
@@ -840,7 +845,7 @@ class Player:
 def play(
     model:Callable,     # a net of a few layers, or a function of `x`
     loss_func:Callable, # from the output and `y` to the loss
-    x:Tensor,           # `(n, …)` 1 to 4 examples; no tensor of the pass over 8 by 8
+    x:Tensor,           # `(n, …)` 1 to 4 examples; no tensor of the pass over 6 by 6
     y:Tensor,           # targets, as `loss_func` takes them
     **names:Tensor,     # names for tensors that are no parameters of a net, such as `w1=w1`
 )->Player:
