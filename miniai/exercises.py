@@ -174,17 +174,16 @@ def _multiple(got, want):
     "A sentence if `got` is a multiple of `want`, else none"
     k = ((got*want).sum()/(want*want).sum()).item()
     if not k or not torch.allclose(got, k*want, rtol=1e-6, atol=1e-9): return ''
-    if abs(k + 1) < 1e-6: return ' Only the sign is wrong.'
+    if abs(k + 1) < 1e-8: return ' Only the sign is wrong.'
     f = Fraction(k).limit_denominator(12)
-    return f' It is {f if abs(f - k) < 1e-6 else round(k, 4)} times the right one.'
+    return f' It is {f if abs(f - k) < 1e-8 else round(k, 7)} times the right one.'
 
 def _why(got, want, out, x, wrt):
     "A sentence about a wrong formula, if there is more to say than a counterexample"
     if got.isfinite().all() and want.any():
-        if why := _multiple(got, want): return why
+        if (why := _multiple(got, want)): return why
         if _close(got, out).all(): return ' This is the function, not its derivative.'
-        c = (got - want)[0]
-        if _close(got - c, want).all(): return f' It is {c:.4g} too large everywhere.'
+        if _close(got - (c := (got - want)[0]), want).all(): return f' It is {c:.4g} too large.'
     for sign, side in ('> 0', x > 0), ('< 0', x < 0):
         if side.any() and _close(got, want)[side].all(): return f' For {wrt} {sign} it is right.'
     return ''
@@ -247,5 +246,5 @@ def check_gradient(
     try: check_grads(loss, [x.detach()], [got])
     except AssertionError as e:
         more = _multiple(got, want) if got.shape == want.shape else ''
-        return Verdict(False, f'Not right: {e}.{more}')
+        return Verdict(False, f'Not right: {str(e).partition(": ")[2]}.{more}')
     return Verdict(True, 'Right: it equals the measured gradient.')
