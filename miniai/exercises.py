@@ -58,12 +58,13 @@ def _hint(node):
     match node:
         case ast.BinOp(op=ast.BitXor()): return 'write ** for a power, such as x**2; ^ means xor'
         case ast.Call(func=ast.Attribute(attr=name)) | ast.Attribute(attr=name):
-            return f'write {name}(x)' if name in _ARGS else 'dots are not allowed'
+            return f'write {name}()' if name in _ARGS else 'no dots; (x > 0) counts as 1 or 0'
         case ast.Call(func=ast.Name(id=name)) if (n := _ARGS.get(_SAME.get(name, name))):
             return f'{name}() takes {n} argument(s)'
         case ast.Call(func=ast.Name(id=name)) if len(name) > 1:
             return f'{name}() is not known; there are {", ".join(_ARGS)}'
         case ast.Call(): return 'write * between two factors, such as 2*(x + 1)'
+        case ast.Lambda(): return 'write the formula alone, without lambda'
         case ast.Compare() | ast.BoolOp(): return 'use only < <= > >=, once: (x > 0)*(x < 1)'
     return 'only numbers, variables, + - * / **, comparisons and functions are allowed'
 
@@ -81,7 +82,7 @@ def _read(node, names, depth=0):
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) \
             if _ARGS.get(key := _SAME.get(name, name)) == len(args): return build(key, *args)
         case ast.Name(id=name):
-            if _SAME.get(name, name) in _ARGS: raise ValueError(f'{name} needs brackets: {name}(x)')
+            if _SAME.get(name, name) in _ARGS: raise ValueError(f'write {name}(x), {name}(x)**2')
             raise ValueError(f'{name!r} is unknown here; the variables are {", ".join(names)}')
     raise ValueError(_hint(node))
 
@@ -102,10 +103,10 @@ def _limit(tree, names, power=1):
 
 # %% ../nbs/76_exercises.ipynb #df9c18e2
 _TYPED = str.maketrans({'−': '-', '–': '-', '·': '*', '×': '*', '²': '**2', '³': '**3'})
-_TYPICAL = {r'\d\s*[a-zA-Z(]|\)\s*[\w(]': 'write * between factors, such as 2*x',
-            r'=': 'write the right-hand side only, without =',
-            r'[a-z]\s+[a-z\d]': 'functions need brackets, such as sin(x)',
-            r'\|': 'write abs(x) for the absolute value', '': 'is a bracket or an operand missing?'}
+_TYPICAL = {r'otherwise|\bfor\b|\{': 'write cases as 1 if x > 0 else 0',
+            r'\d\s*[a-zA-Z(]|\)\s*[\w(]': 'write * between factors, such as 2*x',
+            r'=': 'write the right-hand side only, without =', r'\|': 'write abs(x) for |x|',
+            r'[a-z]\s+[a-z\d]': 'sin(x) needs its brackets', '': 'is a bracket or operand missing?'}
 
 def _parse(text, names=None):
     "The tree of a formula and its variables, `names` if given; `ValueError` if unreadable"
@@ -125,13 +126,11 @@ def _parse(text, names=None):
         _limit(tree, names)
     except (ValueError, OverflowError) as e: raise ValueError(start + str(e)) from None
     return tree, names
-
 def _evaluate(tree, table, env, number):
     "The value of a tree: operators from `table`, variables from `env`, constants by `number`"
     if isinstance(tree, tuple):
         return table[tree[0]](*(_evaluate(t, table, env, number) for t in tree[1:]))
     return env[tree] if tree in env else number(tree)
-
 def _count(tree, env):
     "The value of a tree for tensors of one shape, which the result has, too"
     like = next(iter(env.values()))
@@ -177,7 +176,6 @@ def _multiple(got, want):
     if abs(k + 1) < 1e-8: return ' Only the sign is wrong.'
     f = Fraction(k).limit_denominator(12)
     return f' It is {f if abs(f - k) < 1e-8 else round(k, 7)} times the right one.'
-
 def _why(got, want, out, x, wrt):
     "A sentence about a wrong formula, if there is more to say than a counterexample"
     if got.isfinite().all() and want.any():
@@ -217,15 +215,17 @@ def check_derivative(
 
 def _trouble(func, tree, names, wrt):
     "Where a formula that is right on paper is infinite or NaN: at kinks, or far out, in float32"
-    for line, hint in (torch.linspace(-3, 3, 13), 'Use a form that has a value there.'), \
-                      (torch.tensor([-100., 100.]), 'Numbers like exp(100) overflow in float32.'):
+    for line, tol, hint in (torch.linspace(-3, 3, 13), math.inf, 'Use a form that has a value.'), \
+        (torch.tensor([-100., 100.]), 1e-3, 'It should be {:.4g}; exp(±100) is out of range.'):
         grid = torch.meshgrid(*[line]*len(names), indexing='ij')
         points = {n: g.flatten() for n, g in zip(names, grid)}
         exact = _slope(func, {n: v.double() for n, v in points.items()}, wrt)
-        got, fine = _count(tree, points), torch.stack(exact).float().isfinite().all(0)
-        for i in (fine & ~got.isfinite()).nonzero()[:1, 0]:
+        got, (out, want) = _count(tree, points), (t.float() for t in exact)
+        good = (got - want).abs() < tol*(1 + want.abs())               # False for NaN
+        for i in (out.isfinite() & want.isfinite() & ~good).nonzero()[:1, 0]:
             at = ', '.join(f'{n} = {v[i]:g}' for n, v in points.items())
-            return f'Right on paper, but at {at} it gives {got[i]:g} in float32. {hint}'
+            start = f'Right on paper, but at {at} it gives {got[i]:g} in float32. '
+            return start + hint.format(want[i])
 
 # %% ../nbs/76_exercises.ipynb #e7d32f66
 def check_gradient(

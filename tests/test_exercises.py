@@ -47,7 +47,7 @@ def test_two_variables(answer, wrt): assert check_derivative(answer, of=LSE, wrt
     ('0', 'relu(x)', 'For x < 0 it is right.'), ('0', 'x**2', 'Not right: at x = -2 it gives 0'),
     ('5', '2 + 0*x', 'Not right: at x = -2 it gives 5, but the slope there is 0.'), ('x/abs(x)', 'abs(x)', 'at x = 0 it gives nan'),
     ('max(0, x)/x', 'relu(x)', 'Right on paper, but at x = 0 it gives nan'), ('abs(x - 1)/(x - 1)', 'abs(x - 1)', 'at x = 1 it gives nan'),
-    ('exp(-x)/(1 + exp(-x))**2', 'sigmoid(x)', 'at x = -100 it gives nan in float32. Numbers like exp(100) overflow'),
+    ('exp(-x)/(1 + exp(-x))**2', 'sigmoid(x)', 'at x = -100 it gives nan in float32. It should be 3.78'),
     ('exp(x)/(1 + exp(x))', 'log(1 + exp(x))', 'at x = 100 it gives nan'), ('1/x', 'relu(x)', 'Not right'),
     ('log(x)', 'x**2', 'at x = -2 it gives nan'), ('1/x + (x > 20)', 'log(x)', 'Not right'), ('sqrt(x**2)/x*2*abs(x)', 'x**2', 'at x = 0 it gives nan')])
 def test_wrong_and_why(answer, of, says):
@@ -60,6 +60,8 @@ def test_two_variables_wrong():
     assert not v and 'at x = -2, y = 1 it gives 0.952574, but the slope there is 0.0474259' in v.message
     v = check_derivative('exp(x)/(exp(x) + exp(y))', of=LSE)
     assert not v and 'Right on paper, but at x = 100, y = -100' in v.message
+    v = check_derivative('exp(x - log(exp(x) + exp(y)))', of=LSE)       # finite, but inaccurate
+    assert not v and 'It should be 0.5; exp(±100) is out of range.' in v.message
 
 
 def test_the_first_counterexample_is_easy_and_no_kink():
@@ -82,9 +84,9 @@ BAD = [
     ('sin x', 'brackets'), ('sin', 'sin(x)'), ('x^2', '**'), ('y = 2*x', 'without ='), ('x := 2', 'without ='), ('|x|', 'abs'), ('x | 1', 'only'),
     ('2*x)', 'bracket'), ('2*', 'missing'), ('2*t', "'t' is unknown here; the variables are x"), ('f(x)', 'write *'), ('foo(x)', 'foo() is not known'),
     ('exp(x, 2)', 'takes 1'), ('exp(x=2)', 'takes 1'), ('exp(*x)', 'only'), ('exp()', 'takes 1'), ('max(x)', 'takes 2'), ('where(x > 0, 1)', 'takes 3'),
-    ('x.exp()', 'write exp(x)'), ('torch.exp(x)', 'write exp(x)'), ('x.__class__', 'dots'), ('().__class__.__bases__[0]', 'only'),
+    ('x.exp()', 'write exp()'), ('torch.exp(x)', 'write exp()'), ('x.__class__', 'no dots'), ('().__class__.__bases__[0]', 'only'),
     ('__import__("os").system("echo hi")', 'dots'), ('eval("1")', 'not known'), ('exec("import os")', 'not known'), ('open("/etc/passwd")', 'not known'),
-    ('print(x)', 'not known'), ('globals()', 'not known'), ('getattr(x, "y")', 'not known'), ('lambda: x', 'only'), ('(lambda: x)()', 'write *'),
+    ('print(x)', 'not known'), ('globals()', 'not known'), ('getattr(x, "y")', 'not known'), ('lambda: x', 'without lambda'), ('1 for x > 0, 0 else', 'cases'), ('{1 if x > 0, 0 otherwise', 'cases'), ('tanh²(x)', 'tanh(x)**2'), ('(lambda: x)()', 'write *'),
     ('[x for x in (1,)]', 'only'), ('{x}', 'only'), ('[x][0]', 'only'), ('x[0]', 'only'), ('f"{x}"', 'only'), ('"x"', 'only'), ('b"x"', 'only'), ('True', 'only'),
     ('None', 'only'), ('...', 'only'), ('1j', 'only'), ('x and 1', 'only < <='), ('not x', 'only'), ('~x', 'only'), ('x // 2', 'only'), ('x % 2', 'only'),
     ('x @ x', 'only'), ('x << 2', 'only'), ('x == 0', 'only < <='), ('0 < x < 1', 'once'), ('x is x', 'only < <='), ('0,5*x', 'only'), ('await x', ''),
