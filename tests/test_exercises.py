@@ -105,6 +105,13 @@ def test_unreadable(text, says):
     assert type(e.value) is ValueError and says in str(e.value) and len(str(e.value)) < 300
 
 
+def test_limits_are_sharp():
+    "50 levels, 200 characters, exponents of 64 in all and numbers of 1e9 are allowed"
+    for text in '-'*50 + 'x', 'x' + ' '*199, 'x + 0*((x/9)**8)**8', 'x + 0*1e9': assert not check_derivative(text, of='x**2')
+    for text in '-'*51 + 'x', 'x' + ' '*200, 'x + 0*((x/9)**8)**8.1', 'x + 0*1.001e9':
+        with pytest.raises(ValueError): check_derivative(text, of='x**2')
+
+
 @pytest.mark.parametrize('answer', [2, 2., True, b'2*x', ['2*x'], object(), float('nan'), torch.ones(1)], ids=lambda a: type(a).__name__)
 def test_not_text(answer):
     with pytest.raises(ValueError, match='give the formula as text'): check_derivative(answer)
