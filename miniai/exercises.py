@@ -142,6 +142,8 @@ class Formula(Module):
     def __init__(self, func:str, slope:str, wrt:str):
         super().__init__()
         self.wrt, (self.func, self.names) = wrt, _parse(func)
+        if wrt not in self.names or len(self.names) > 3:
+            raise ValueError(f'{func!r} has the variables {self.names}')
         self.slope, _ = _parse(slope, self.names)
     def forward(self, x): return _count(self.func, {self.wrt: x})
     def bwd(self, grad, out, x): return grad*_count(self.slope, {self.wrt: x})
@@ -193,35 +195,33 @@ def check_derivative(
     wrt:str='x',   # the variable to differentiate by
 )->Verdict:        # its `layer` computes `of`, and its `bwd` uses `answer`, right or wrong
     "Compare a typed derivative with autograd's; `ValueError` if a formula is unreadable"
-    func, names = _parse(of)
-    if wrt not in names or len(names) > 3: raise ValueError(f'{of!r} has the variables {names}')
-    if answer is None or isinstance(answer, str) and not answer.strip():
-        return Verdict(False, 'not answered yet')
-    tree, _ = _parse(answer, names)
-    layer, points = Formula(of, answer, wrt), _points(names)
+    if answer is None or answer == '': return Verdict(False, 'not answered yet')
+    layer = Formula(of, answer, wrt)
+    func, points = layer.func, _points(layer.names)
     out, want = _slope(func, points, wrt)
     left, right = (_slope(func, {**points, wrt: points[wrt] + h}, wrt)[1] for h in (-1e-5, 1e-5))
     smooth = out.isfinite() & want.isfinite() & ((left - right).abs() < 1e-3*(1 + want.abs()))
     if smooth.sum() < 100: raise ValueError(f'{of!r} has a derivative at too few points')
     out, want, points = out[smooth], want[smooth], {n: v[smooth] for n, v in points.items()}
-    got = _count(tree, points)
+    got = _count(layer.slope, points)
     if (bad := ~_close(got, want)).any():
         i = bad.nonzero()[0, 0]                           # the easy points come first
         at = ', '.join(f'{n} = {v[i]:.4g}' for n, v in points.items())
-        why = f'Not right: at {at} it gives {got[i]:.6g}, but the slope there is {want[i]:.6g}.'
-        return Verdict(False, why + _why(got, want, out, points[wrt], wrt), layer)
-    trouble = _trouble(func, tree, names, wrt)
-    return Verdict(not trouble, trouble or f'Right at all {len(got):,} points tried.', layer)
+        start = f'Not right: at {at} it gives {got[i]:.6g}, but the slope there is {want[i]:.6g}.'
+        return Verdict(False, start + _why(got, want, out, points[wrt], wrt), layer)
+    why = _trouble(layer)
+    return Verdict(not why, why or f'Right at all {len(got):,} points tried.', layer)
 
-def _trouble(func, tree, names, wrt):
+def _trouble(layer):
     "Where a formula that is right on paper is infinite or NaN: at kinks, or far out, in float32"
-    for line, tol, hint in (torch.linspace(-3, 3, 13), math.inf, 'Use a form that has a value.'), \
-        (torch.tensor([-100., 100.]), 1e-3, 'It should be {:.4g}; exp(±100) is out of range.'):
-        grid = torch.meshgrid(*[line]*len(names), indexing='ij')
-        points = {n: g.flatten() for n, g in zip(names, grid)}
-        exact = _slope(func, {n: v.double() for n, v in points.items()}, wrt)
-        got, (out, want) = _count(tree, points), (t.float() for t in exact)
-        good = (got - want).abs() < tol*(1 + want.abs())               # False for NaN
+    near = torch.linspace(-3, 3, 13), math.inf, 'Use a form that has a value.'
+    far = torch.tensor([-100., 100.]), 1e-3, 'It should be {:.4g}; exp(±100) is out of range.'
+    for line, tol, hint in near, far:
+        grid = torch.cartesian_prod(*[line]*len(layer.names)).view(-1, len(layer.names))
+        points = dict(zip(layer.names, grid.T))
+        exact = _slope(layer.func, {n: v.double() for n, v in points.items()}, layer.wrt)
+        got, (out, want) = _count(layer.slope, points), (t.float() for t in exact)
+        good = (got - want).abs() < tol*(1 + want.abs())   # False for NaN
         for i in (out.isfinite() & want.isfinite() & ~good).nonzero()[:1, 0]:
             at = ', '.join(f'{n} = {v[i]:g}' for n, v in points.items())
             start = f'Right on paper, but at {at} it gives {got[i]:g} in float32. '

@@ -70,7 +70,7 @@ def test_the_first_counterexample_is_easy_and_no_kink():
     assert 'at x = -1 ' in check_derivative('-1', of='abs(x + 2)').message         # -2 is a kink
 
 
-@pytest.mark.parametrize('answer', [None, '', '  '])
+@pytest.mark.parametrize('answer', [None, ''])
 def test_not_answered(answer):
     v = check_derivative(answer)
     assert not v and v.message == repr(v) == 'not answered yet' and v.layer is None
@@ -82,7 +82,7 @@ deep, wide = '('*99 + 'x' + ')'*99, '+'.join(['x']*100)
 BAD = [
     ('2x', 'write * between'), ('x(x + 1)', 'write * between'), ('2(x)', 'write * between'), ('(x)(x)', 'write * between'), ('3 sin(x)', 'write * between'),
     ('sin x', 'brackets'), ('sin', 'sin(x)'), ('x^2', '**'), ('y = 2*x', 'without ='), ('x := 2', 'without ='), ('|x|', 'abs'), ('x | 1', 'only'),
-    ('2*x)', 'bracket'), ('2*', 'missing'), ('2*t', "'t' is unknown here; the variables are x"), ('f(x)', 'write *'), ('foo(x)', 'foo() is not known'),
+    ('2*x)', 'bracket'), ('2*', 'missing'), ('2*t', "'t' is unknown here; the variables are x"), ('f(x)', 'write *'), ('foo(x)', 'foo() is not known'), ('pm(x)', 'pm() is not known'), ('  ', 'missing'),
     ('exp(x, 2)', 'takes 1'), ('exp(x=2)', 'takes 1'), ('exp(*x)', 'only'), ('exp()', 'takes 1'), ('max(x)', 'takes 2'), ('where(x > 0, 1)', 'takes 3'),
     ('x.exp()', 'write exp()'), ('torch.exp(x)', 'write exp()'), ('x.__class__', 'no dots'), ('().__class__.__bases__[0]', 'only'),
     ('__import__("os").system("echo hi")', 'dots'), ('eval("1")', 'not known'), ('exec("import os")', 'not known'), ('open("/etc/passwd")', 'not known'),
