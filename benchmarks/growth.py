@@ -1,8 +1,8 @@
-"""How time and memory of training grow: `benchmarks/.venv/bin/python benchmarks/growth.py`, after `run.py` has made the environment.
+"""How time and memory of training grow: `.venv/bin/python benchmarks/growth.py`; needs torch and miniai only.
 
-Our engine through `fit`, one thread. Time a row from 10,000 to 400,000 rows (rows repeated); batches of 16 to 1,024 and hidden layers of 50
-to 1,024 against multiply-adds, with the measured peak of a matmul as the line that can't be passed; memory over 100 epochs; what training
-holds beside the data. Times are processor time, the least of several runs: on a quiet machine that is the time on the clock.
+Our layers through `fit`, one thread. Time per example from 10,000 to 400,000 examples (repeated); batches of 16 to 1,024 and hidden layers
+of 50 to 1,024 against multiply-adds, with the measured peak of a matmul as the limit; memory over 100 epochs; what training holds
+beside the data. Times are processor time, the least of several runs: on a quiet machine that is the time on the clock.
 Writes `results/growth.png` and `results/growth.json`.
 """
 import job as common  # first: it sets the process to one thread
@@ -21,19 +21,19 @@ from miniai.module import Linear, ReLU, Sequential
 from miniai.training import SGD, Dataset, fit, get_dls
 
 RESULTS = Path(__file__).parent / 'results'
-ROWS = 10_000, 25_000, 50_000, 100_000, 200_000, 400_000
+EXAMPLES = 10_000, 25_000, 50_000, 100_000, 200_000, 400_000
 BATCHES = 16, 32, 64, 128, 256, 512, 1024
 HIDDEN = 50, 100, 200, 400, 700, 1024
 
 
 def memory_mb():
-    "What this process holds now; NaN where there is no /proc"
+    "Memory of this process now; NaN where there is no /proc"
     try: return int(Path('/proc/self/statm').read_text().split()[1]) * 4096 / 2**20
     except OSError: return float('nan')
 
 
 def multiply_adds(hidden):
-    "Of training on one row: forward, weights' gradients, and the gradient that goes from the second layer to the first"
+    "Of training on one example: forward, weights' gradients, and the gradient that goes from the second layer to the first"
     return 2 * (784 * hidden + hidden * 10) + hidden * 10
 
 
@@ -50,7 +50,7 @@ def matmul_peak():
 
 
 def train(x, y, valid, hidden=50, bs=64, epochs=1, after_epoch=None):
-    "Processor seconds of training on all rows, with next to no validation rows"
+    "Processor seconds of training on all examples, with a small validation set"
     torch.manual_seed(0)
     model = Sequential(Linear(784, hidden), ReLU(), Linear(hidden, 10))
     dls = get_dls(Dataset(x, y), valid, bs)
@@ -68,23 +68,23 @@ def least(jobs, repeats, name):
 
 
 def plot(r, path):
-    "Four panels: rows, arithmetic, rate by batch size, memory"
+    "Four panels: examples, arithmetic, rate by batch size, memory"
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     fig, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(10, 7.5), layout='constrained', dpi=100)
-    rows, us = zip(*r['rows'])
-    a.semilogx(rows, us, 'o-')
-    a.set_xticks(rows, [f'{n // 1000}k' for n in rows])
+    ns, us = zip(*r['examples'])
+    a.semilogx(ns, us, 'o-')
+    a.set_xticks(ns, [f'{n // 1000}k' for n in ns])
     a.minorticks_off()
-    a.set(xlabel='training rows', ylabel='µs a row', ylim=(0, 1.3 * max(us)), title='Time a row, by rows')
+    a.set(xlabel='training examples', ylabel='µs per example', ylim=(0, 1.3 * max(us)), title='Time per example')
     macs = [multiply_adds(h) for h, _, _ in r['arithmetic']]
     for bs, mark in zip(r['batches'], 'os^Dvp*'):
         own = [(multiply_adds(h), us) for h, k, us in r['arithmetic'] if k == bs]
         if own: b.loglog(*zip(*own), mark + '-', label=f'batch {bs}', lw=0.8)
     line = [min(macs), max(macs)]
     b.loglog(line, [m / r['peak'] * 1e6 for m in line], 'k--', label=f'matmul peak, {r["peak"] / 1e9:.0f} G a second')
-    b.set(xlabel='multiply-adds a row', ylabel='µs a row', title='Time against arithmetic')
+    b.set(xlabel='multiply-adds per example', ylabel='µs per example', title='Time against arithmetic')
     b.legend(fontsize=7)
     for h, mark in zip(r['hidden'], 'os^Dvp'):
         own = [(k, 100 * multiply_adds(h) / (us * 1e-6) / r['peak']) for hidden, k, us in r['arithmetic'] if hidden == h]
@@ -100,14 +100,14 @@ def plot(r, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--quick', action='store_true', help='fewer and smaller points, to see that all runs; writes to .job/quick')
+    parser.add_argument('--quick', action='store_true', help='fewer and smaller points, to see that everything runs; writes to .job/quick')
     args = parser.parse_args()
     results = common.FOLDER / 'quick' if args.quick else RESULTS
     results.mkdir(parents=True, exist_ok=True)
     if not (common.FOLDER / 'job.json').exists(): common.prepare()
     x, y, vx, vy = common.Job().tensors()
     valid = Dataset(vx[:128], vy[:128])
-    repeats, sizes = (1, ROWS[:3]) if args.quick else (3, ROWS)
+    repeats, sizes = (1, EXAMPLES[:3]) if args.quick else (3, EXAMPLES)
     batches, hiddens = (BATCHES[::3], HIDDEN[::5]) if args.quick else (BATCHES, HIDDEN)
     r = dict(peak=matmul_peak(), batches=batches, hidden=hiddens)
 
@@ -122,21 +122,23 @@ def main():
     took = least([lambda h=h, bs=bs: train(x[:n], y[:n], valid, h, bs) for h, bs in pairs], repeats, 'batch and hidden size')
     r['arithmetic'] = [(h, bs, 1e6 * t / n) for (h, bs), t in zip(pairs, took)]
     for h, bs, us in r['arithmetic']:
-        print(f'hidden {h:5d}, batch {bs:5d}: {us:7.2f} µs a row, {100 * multiply_adds(h) / (us * 1e-6) / r["peak"]:5.1f}% of the peak')
+        print(f'hidden {h:5d}, batch {bs:5d}: {us:7.2f} µs per example, '
+              f'{100 * multiply_adds(h) / (us * 1e-6) / r["peak"]:5.1f}% of the peak')
 
-    r['rows'] = []
+    r['examples'] = []
     for size in sizes:
         where = torch.arange(size) % len(x)
         bx, by = x[where], y[where]
         jobs = [lambda bx=bx, by=by: train(bx, by, valid)]
         before = common.peak_mb()
-        r['rows'].append((size, 1e6 * least(jobs, repeats, f'{size} rows')[0] / size))
+        r['examples'].append((size, 1e6 * least(jobs, repeats, f'{size} examples')[0] / size))
         r.update(extra_mb=common.peak_mb() - before, data_mb=(bx.nbytes + by.nbytes) / 2**20)
-        print(f'{size:7d} rows: {r["rows"][-1][1]:.2f} µs a row; beside the data of {r["data_mb"]:.0f} MB '
+        print(f'{size:7d} examples: {r["examples"][-1][1]:.2f} µs per example; beside the data of {r["data_mb"]:.0f} MB '
               f'training held at most {r["extra_mb"]:.0f} MB')
         del bx, by, jobs
-    per_row = [us for _, us in r['rows']]
-    print(f'most by least time a row: {max(per_row) / min(per_row):.2f}; matmul peak {r["peak"] / 1e9:.1f} G multiply-adds a second')
+    per_example = [us for _, us in r['examples']]
+    print(f'largest by smallest time per example: {max(per_example) / min(per_example):.2f}; '
+          f'matmul peak {r["peak"] / 1e9:.1f} G multiply-adds a second')
     (results / 'growth.json').write_text(json.dumps(r, indent=1) + '\n')
     plot(r, results / 'growth.png')
     print(f'written: {results / "growth.png"}')

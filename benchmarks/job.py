@@ -1,10 +1,10 @@
 """The job that every contestant does, and the little that the contestants share.
 
-784-50-10 with ReLU and cross entropy, SGD at learning rate 0.5, batches of 64, 3 epochs of the 50,000 training rows of MNIST shuffled anew
-each epoch, a validation pass over 10,000 rows after each; float32; one thread; the same initial weights for all.
+784-50-10 with ReLU and cross entropy, SGD at learning rate 0.5, batches of 64, 3 epochs of the 50,000 training examples of MNIST, shuffled
+anew each epoch, a validation pass over 10,000 examples after each; float32; one thread; the same initial weights for all.
 
 `python job.py` writes data and weights to `.job/` as NumPy files, so that a contestant needs neither miniai nor torch to read them.
-A contestant's script calls `run(setup)`: `setup(job)` imports its tool and returns a function that does the whole job once, from the
+A contestant's script calls `run(setup)`: `setup(job)` imports its tool and returns a function that does the full job once, from the
 initial weights, and returns a `Result`. Importing this module sets the process to one thread, so it comes before any tool.
 """
 import os
@@ -28,9 +28,9 @@ from statistics import median  # noqa: E402
 
 FOLDER = Path(os.environ.get('BENCH_JOB', Path(__file__).parent / '.job'))
 NAMES = 'x', 'y', 'vx', 'vy', 'w1', 'b1', 'w2', 'b2'
-# weights: arrays w1 (50,784), b1 (50,), w2 (10,50), b2 (10,) after training; accuracy: as the tool told it, 0 to 1; updates: steps taken
+# weights: arrays w1 (50,784), b1 (50,), w2 (10,50), b2 (10,) after training; accuracy: as the tool reports it, 0 to 1; updates: steps taken
 Result = namedtuple('Result', 'weights accuracy updates')
-Turn = namedtuple('Turn', 'seconds cpu accuracy loss updates')  # accuracy and loss on the validation rows, by the final weights
+Turn = namedtuple('Turn', 'seconds cpu accuracy loss updates')  # accuracy and loss on the validation set, from the final weights
 
 
 class Job:
@@ -68,8 +68,8 @@ class Job:
         from torch import nn
         return self.load(nn.Sequential(nn.Linear(784, len(self.b1)), nn.ReLU(), nn.Linear(len(self.b1), 10)))
 
-    def judge(self, weights):
-        "Accuracy and loss on the validation rows, computed from the weights alone, alike for all"
+    def evaluate(self, weights):
+        "Accuracy and loss on the validation set, computed from the weights alone, in the same way for all"
         import numpy as np
         w1, b1, w2, b2 = [np.asarray(w, dtype=np.float64) for w in weights]
         z = np.maximum(self.vx @ w1.T + b1, 0) @ w2.T + b2
@@ -107,11 +107,11 @@ def run(setup, packages, jit=False):
         job, turns = Job(), []
         job.seed = 5 * int(os.environ.get('BENCH_ROUND', 0))
         go = setup(job)
-        row = dict(name=Path(sys.argv[0]).stem, setup_mb=peak_mb(), rows=len(job.x), epochs=job.epochs)
+        row = dict(name=Path(sys.argv[0]).stem, setup_mb=peak_mb(), examples=len(job.x), epochs=job.epochs)
         while len(turns) < 2 or len(turns) < 5 and sum(t.seconds for t in turns[1:]) < 6:
             turns.append(timed(go, job))
             if len(turns) == 1: row['peak_mb'] = peak_mb()
-            if not jit and turns[0].seconds > 20: break  # nothing is learned from a second long run
+            if not jit and turns[0].seconds > 20: break  # a second long run adds nothing
             job.seed += 1
         first, *later = turns
         row.update(first=first.seconds, first_cpu=first.cpu, updates_due=job.updates)
@@ -124,19 +124,19 @@ def run(setup, packages, jit=False):
 
 
 def timed(go, job):
-    "Do the job once; the result is judged after the clock has stopped"
+    "Do the job once; the result is evaluated after the clock has stopped"
     start, cpu = time.perf_counter(), cpu_seconds()
     result = go()
     seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
-    accuracy, loss = job.judge(result.weights)
+    accuracy, loss = job.evaluate(result.weights)
     told = None if result.accuracy is None else float(result.accuracy)
     if told is not None and abs(told - accuracy) > 1e-3:
-        raise RuntimeError(f'told an accuracy of {told:.4f}, its weights have {accuracy:.4f}')
+        raise RuntimeError(f'reported an accuracy of {told:.4f}, its weights have {accuracy:.4f}')
     return Turn(seconds, cpu, accuracy, loss, int(result.updates))
 
 
-def prepare(rows=None, epochs=3, hidden=50):
-    "Write the job to `FOLDER`; the whole MNIST, found as `miniai.data` finds it"
+def prepare(examples=None, epochs=3, hidden=50):
+    "Write the job to `FOLDER`; the full MNIST, found as `miniai.data` finds it"
     import numpy as np
     import torch
     from torch import nn
@@ -145,7 +145,7 @@ def prepare(rows=None, epochs=3, hidden=50):
     data = mnist(sample=False)
     torch.manual_seed(0)
     layers = nn.Linear(784, hidden), nn.Linear(hidden, 10)
-    arrays = [data.train.x[:rows], data.train.y[:rows], *data.valid, *(p.detach() for l in layers for p in l.parameters())]
+    arrays = [data.train.x[:examples], data.train.y[:examples], *data.valid, *(p.detach() for l in layers for p in l.parameters())]
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name, a in zip(NAMES, arrays, strict=True): np.save(FOLDER / f'{name}.npy', a.numpy())
     (FOLDER / 'job.json').write_text(json.dumps(dict(epochs=epochs)))
@@ -153,7 +153,7 @@ def prepare(rows=None, epochs=3, hidden=50):
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description='Write the data and the initial weights of the job to .job/')
-    parser.add_argument('--rows', type=int, help='training rows, from the first (default: all 50,000)')
+    parser.add_argument('--examples', type=int, help='training examples, from the first (default: all 50,000)')
     parser.add_argument('--epochs', type=int, default=3)
     args = parser.parse_args()
-    prepare(args.rows, args.epochs)
+    prepare(args.examples, args.epochs)

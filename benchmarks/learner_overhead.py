@@ -2,9 +2,9 @@
 `benchmarks/.venv/bin/python benchmarks/learner_overhead.py`, after `run.py` has made the environment.
 
 The same network, loader, optimiser and validation pass, one epoch each in turn within one process, in a new random order each round, on a
-terminal of its own so that everyone shows the progress it shows a person. Writes `results/learner_overhead.md`: for each trainer the median
-ratio to the bare loop of the same engine, with its spread. The aims: at most 1.05 without callbacks, at most 1.10 with accuracy, progress
-and a record of every batch.
+terminal of its own, so that each tool shows the progress that a user sees. Writes `results/learner_overhead.md`: for each trainer the
+median ratio to the bare loop with the same layers, with its spread. The aims: at most 1.05 without callbacks, at most 1.10 with
+accuracy, progress and a record of every batch.
 """
 import job as common  # first: it sets the process to one thread
 
@@ -29,8 +29,8 @@ sys.path.insert(0, str(HERE / 'contestants'))
 target = HERE / 'results' / 'learner_overhead.md'
 
 
-def bare(job, engine):
-    "An epoch and a validation pass, and nothing more"
+def bare(job, layers):
+    "One epoch and a validation pass, and nothing else"
     from miniai.losses import CrossEntropyLoss
     from miniai.module import Linear, ReLU, Sequential
     from miniai.training import SGD, Dataset, get_dls
@@ -38,7 +38,7 @@ def bare(job, engine):
     dls = get_dls(Dataset(x, y), Dataset(vx, vy), job.bs)
 
     def go():
-        if engine == 'torch': model, loss = job.torch_model(), nn.CrossEntropyLoss()
+        if layers == 'torch': model, loss = job.torch_model(), nn.CrossEntropyLoss()
         else: model, loss = job.load(Sequential(Linear(784, len(job.b1)), ReLU(), Linear(len(job.b1), 10))), CrossEntropyLoss()
         loop(model, loss, SGD(model.parameters(), lr=job.lr), *dls)
         return common.Result(common.arrays(model), None, len(dls[0]))
@@ -56,11 +56,11 @@ def trainers(job):
     by_batch, callbacks = dict(by_batch=True), dict(callbacks=learner_callbacks.callbacks)
     rows = {'fastai Learner': (partial(fastai_learner.setup, **by_batch), 'bare loop, torch'),
             'Lightning Trainer': (partial(lightning_trainer.setup, **by_batch), 'bare loop, torch')}
-    for engine, fit in ('torch', fit_torch_nn), ('ours', ours):
-        base = f'bare loop, {engine}'
-        rows |= {base: (partial(bare, engine=engine), None), f'fit, {engine}': (fit.setup, base),
-                 f'Learner, {engine}': (partial(learner.setup, engine=engine), base),
-                 f'Learner with callbacks, {engine}': (partial(learner.setup, engine=engine, **callbacks), base)}
+    for layers, fit in ('torch', fit_torch_nn), ('ours', ours):
+        base = f'bare loop, {layers}'
+        rows |= {base: (partial(bare, layers=layers), None), f'fit, {layers}': (fit.setup, base),
+                 f'Learner, {layers}': (partial(learner.setup, layers=layers), base),
+                 f'Learner with callbacks, {layers}': (partial(learner.setup, layers=layers, **callbacks), base)}
     found = {}
     for name, (setup, base) in rows.items():
         try: found[name] = setup(job), base
@@ -82,7 +82,7 @@ def measure(rounds):
             start, cpu = time.perf_counter(), time.process_time()
             result = ways[name][0]()
             took[name].append((time.perf_counter() - start, time.process_time() - cpu))
-            losses[name] = job.judge(result.weights)[1]
+            losses[name] = job.evaluate(result.weights)[1]
         for name, (_, base) in ways.items():  # fastai draws its orders in its own way
             if base and 'fastai' not in name: assert abs(losses[name] - losses[base]) < 1e-3, f'not the same work: {losses}'
     return took, {name: base for name, (_, base) in ways.items()}
@@ -92,7 +92,7 @@ def table(took, bases, rounds):
     "The measurements as Markdown"
     versions = ', '.join(f'{name} {version(name).split("+")[0]}' for name in ('torch', 'fastai', 'lightning'))
     lines = [f'One epoch of the job and a validation pass, {rounds} rounds; {versions}; load average {os.getloadavg()[0]:.1f} at the end.',
-             'Ratios within a round, to the bare loop of the same engine.', '',
+             'Ratios within a round, to the bare loop with the same layers.', '',
              '| trainer | seconds | × bare loop, median | half of the rounds | by processor time |', '|---|--:|--:|--:|--:|']
     for name, base in bases.items():
         seconds = median(clock for clock, _ in took[name])

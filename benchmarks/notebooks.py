@@ -39,7 +39,7 @@ def timed(path):
 
 
 def first_line(source):
-    "The first line that says something, for a table"
+    "The first line of code, for a table"
     lines = [line for line in source.splitlines() if line.strip() and not line.startswith('#|')]
     return lines[0].strip().replace('|', '\\|')[:70] if lines else ''
 
@@ -52,16 +52,17 @@ def main():
     paths = [p for p in sorted((ROOT / 'nbs').glob('[0-9]*.ipynb')) + sorted((ROOT / 'nbs/solutions').glob('[0-9]*.ipynb'))
              if not args.only or p.name.startswith(tuple(args.only))]
     if not paths: parser.error(f'no notebook begins with {" or ".join(args.only)}')
-    before, rows, total, missing = os.getloadavg()[0], [], 0, []
+    before, rows, total, missing, ids = os.getloadavg()[0], [], 0, [], set()
     for path in tqdm(paths):
         spent = timed(path)
+        ids |= {cell.id for _, cell in spent}
         seconds, (longest, cell) = sum(t for t, _ in spent), max(spent, key=lambda pair: pair[0])
         why = WHY.get(cell.id, '')
         if longest >= LONG and not why: missing.append(f'{path.name} #{cell.id}')
         total += seconds
         rows.append(f'| {path.relative_to(ROOT / "nbs")} | {seconds:.1f} | {longest:.1f} | {longest/seconds:.0%} | `#{cell.id}` '
                     f'`{first_line(cell.source)}` | {why} |')
-    data = 'the whole data' if len(mnist().train.x) == 50_000 else 'the sample'
+    data = 'the full data' if len(mnist().train.x) == 50_000 else 'the sample'
     load = f'load average {before:.1f} before, {os.getloadavg()[0]:.1f} after'
     text = '\n'.join(['# Time of the notebooks', '',
                       f'Each from the first cell to the last in a kernel of its own, one at a time, one thread, on {data}; '
@@ -71,6 +72,7 @@ def main():
                       '|---|--:|--:|--:|---|---|', *rows, ''])
     if not args.only: (Path(__file__).parent / 'results/notebooks.md').write_text(text)
     print(text)
+    if not args.only and (gone := set(WHY) - ids): print(f'cells that no longer exist, in slowest_cells.json: {", ".join(sorted(gone))}')
     if missing: raise SystemExit(f'no reason in benchmarks/slowest_cells.json: {", ".join(missing)}')
 
 

@@ -1,4 +1,4 @@
-"""What a step of miniai's optimisers costs beside PyTorch's: `benchmarks/.venv/bin/python benchmarks/optimizers.py`.
+"""What a step of miniai's optimisers costs beside PyTorch's: `.venv/bin/python benchmarks/optimizers.py`.
 
 The same network of a million parameters with gradients, one thread; each of ours and PyTorch's list version (`foreach=True`), and its
 version for single tensors, a number of steps in turn within one process, in random order. Prints a table of medians by processor time, and
@@ -20,7 +20,7 @@ from miniai.optim import Adam, AdamW, Momentum, RMSprop
 
 torch.set_num_threads(1)
 
-PAIRS = [  # ours, PyTorch's, words
+PAIRS = [  # ours, PyTorch's, arguments
     (Momentum, torch.optim.SGD, dict(lr=.01, momentum=.9)),
     (Momentum, torch.optim.SGD, dict(lr=.01, momentum=.9, nesterov=True, weight_decay=.01)),
     (RMSprop, torch.optim.RMSprop, dict(lr=.001)),
@@ -35,12 +35,12 @@ SHAPES = {  # both hold about a million numbers
 }
 
 
-def ready(kind, shapes, **words):
+def ready(kind, shapes, **kwargs):
     "An optimiser whose parameters have gradients"
     gen = torch.Generator().manual_seed(0)
     params = [torch.randn(s, generator=gen).requires_grad_() for s in shapes]
     for p in params: p.grad = torch.randn(p.shape, generator=gen)
-    return kind(params, **words)
+    return kind(params, **kwargs)
 
 
 def clock(opt, steps):
@@ -58,9 +58,9 @@ def main():
     draw = random.Random(0)
     print(f'torch {torch.__version__}, one thread, {args.rounds} rounds of {args.steps} steps; ms a step by processor time')
     print(f'{"":12}{"":62}{"ours":>7}{"foreach":>9}{"single":>8}  ours / foreach (half of the rounds)')
-    for (size, shapes), (ours, theirs, words) in ((s, p) for s in SHAPES.items() for p in PAIRS):
-        opts = {'ours': ready(ours, shapes, **words), 'foreach': ready(theirs, shapes, foreach=True, **words),
-                'single': ready(theirs, shapes, foreach=False, **words)}
+    for (size, shapes), (ours, theirs, kwargs) in ((s, p) for s in SHAPES.items() for p in PAIRS):
+        opts = {'ours': ready(ours, shapes, **kwargs), 'foreach': ready(theirs, shapes, foreach=True, **kwargs),
+                'single': ready(theirs, shapes, foreach=False, **kwargs)}
         for opt in opts.values(): clock(opt, 3)                                        # buffers are made
         took = {name: [] for name in opts}
         for _ in range(args.rounds):
@@ -69,7 +69,7 @@ def main():
         assert_close(end[0], end[1], rtol=1e-3, atol=1e-4, msg='not the same work')
         ratios = [a / b for a, b in zip(took['ours'], took['foreach'])]
         low, _, high = quantiles(ratios, n=4)
-        label = f'{ours.__name__}({", ".join(f"{k}={v}" for k, v in words.items())})'
+        label = f'{ours.__name__}({", ".join(f"{k}={v}" for k, v in kwargs.items())})'
         print(f'{size:12}{label:62}' + ''.join(f'{median(took[k]):{w}.2f}' for k, w in (('ours', 7), ('foreach', 9), ('single', 8)))
               + f'  {median(ratios):.2f} ({low:.2f} to {high:.2f})', flush=True)
 

@@ -25,7 +25,7 @@ from statistics import median
 HERE = Path(__file__).resolve().parent
 ROOT, VENV, JOB, RESULTS = HERE.parent, HERE / '.venv', HERE / '.job', HERE / 'results'
 OURS = 'ours'
-TARGETS = [('ours', 'torch_floor', 1.5), ('ours', 'loop_plain', 0.85), ('ours', 'loop_people', 0.70), ('fit_torch_nn', 'loop_plain', 1.05)]
+TARGETS = [('ours', 'loop_plain', 1.7), ('fit_torch_nn', 'loop_plain', 1.05)]
 
 
 def requirements():
@@ -35,9 +35,9 @@ def requirements():
 
 
 def constraints():
-    "What miniai needs, as the repository pins it (not its development tools: fastai wants another fastcore), and the contestants"
+    "What miniai needs, as the repository pins it (not its development tools: fastai needs another fastcore), and the contestants"
     settings = re.search(r'^requirements *= *(.*)$', (ROOT / 'settings.ini').read_text(), re.M)[1]
-    needs = {re.split('[<>=]', word)[0] for word in settings.split()}
+    needs = {re.split('[<>=]', need)[0] for need in settings.split()}
     pins = [line.strip() for line in (ROOT / 'constraints.txt').read_text().splitlines() if line.split('==')[0] in needs]
     return '\n'.join([*pins, *requirements()]) + '\n'
 
@@ -53,9 +53,9 @@ def install():
     pins.write_text(text)
     python, failed = VENV / 'bin' / 'python', {}
 
-    def pip(*words):
-        print('  pip install', *words, flush=True)
-        p = subprocess.run([python, '-m', 'pip', 'install', '-q', '-c', pins, *words], capture_output=True, text=True)
+    def pip(*args):
+        print('  pip install', *args, flush=True)
+        p = subprocess.run([python, '-m', 'pip', 'install', '-q', '-c', pins, *args], capture_output=True, text=True)
         errors = [line for line in p.stderr.splitlines() if line.startswith('ERROR')] or p.stderr.splitlines()[-1:]
         return errors[-1] if p.returncode else None
 
@@ -65,7 +65,7 @@ def install():
         if reason := pip(line): failed[line.split('==')[0]] = reason
     if 'torchvision' not in failed and subprocess.run([python, '-c', 'import torchvision'], capture_output=True).returncode:
         subprocess.run([python, '-m', 'pip', 'uninstall', '-q', '-y', 'torchvision'])
-        failed['torchvision'] = 'was built for another build of torch, and taken out again; nobody needs it here'
+        failed['torchvision'] = 'was built for another build of torch, and taken out again; no contestant needs it'
     done.write_text(json.dumps(dict(stamp=stamp, failed=failed)))
     return failed
 
@@ -97,7 +97,7 @@ def measure(name, number, limit):
     logs = JOB / 'logs'
     logs.mkdir(exist_ok=True)
     log = logs / f'{name}-{number}.log'
-    master, slave = pty.openpty()  # a terminal, so that everyone shows the progress they show a person
+    master, slave = pty.openpty()  # a terminal, so that each tool shows the progress that a user sees
     termios.tcsetwinsize(slave, (40, 120))
     env = {**os.environ, 'BENCH_ROUND': str(number), 'PYTHONUNBUFFERED': '1', 'TERM': 'xterm'}
     p = subprocess.Popen([sys.executable, str(HERE / 'contestants' / f'{name}.py')], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -183,17 +183,16 @@ def table(lines, failed, missing, info, good):
     "The results as Markdown"
     def seconds(line, key): return f'{line[key]["median"]:.2f}' if key in line else '–'
     def times(x): return '–' if x is None else f'{x:.2f}'
-    rows = info['rows']
     out = ['# Side by side', '',
-           f'784-50-10 with ReLU and cross entropy, SGD at 0.5, batches of 64, {info["epochs"]} epochs of {rows:,} shuffled rows, '
-           'a validation pass of 10,000 after each; float32, one thread.',
+           f'784-50-10 with ReLU and cross entropy, SGD at 0.5, batches of 64, {info["epochs"]} epochs of '
+           f'{info["examples"]:,} shuffled examples, a validation pass of 10,000 after each; float32, one thread.',
            f'{info["rounds"]} rounds in random order, each contestant a process of its own; medians. {info["machine"]}; '
            f'miniai at {info["commit"]}; {info["date"]}; load average {info["load_before"]} before, {info["load_after"]} after.', '']
     if info['busy']:
-        out += ['**The machine was busy with other work**: compare processor times (CPU), by which the table is sorted; the clock tells '
+        out += ['**The machine was busy with other work**: compare processor times (CPU), by which the table is sorted; the clock says '
                 'little.', '']
-    out += ['*First*: the first run in the process, with what a tool compiles or loads then; *later*: the median of up to four more runs '
-            'there. *CPU*: processor time of a later run, all threads and workers. '
+    out += ['*First*: the first run in the process, with everything that a tool compiles or loads then; *later*: the median of up to four '
+            'more runs there. *CPU*: processor time of a later run, all threads and workers. '
             '*× ours*: median over the rounds of the ratio in one round.', '',
             '| contestant | later, s | min to max | first, s | CPU, s | × ours, later | first | CPU | accuracy | lowest to highest '
             '| peak MB | versions |',
@@ -243,7 +242,7 @@ def plot(lines, info, path):
         ax.set_xscale('log')
         ax.set_xlim(right=ax.get_xlim()[1] * 4)
         ax.set_xlabel(f'{"processor " if info["busy"] else ""}seconds for the job, logarithmic (grey: the first run in a process)')
-        ax.set_title(f'epochs: {info["epochs"]}, of {info["rows"]:,} rows each; one thread; rounds: {info["rounds"]}', fontsize=9)
+        ax.set_title(f'epochs: {info["epochs"]}, of {info["examples"]:,} examples each; one thread; rounds: {info["rounds"]}', fontsize=9)
         ax.grid(axis='x', color='#eeeeee')
         ax.set_axisbelow(True)
         for side in 'top', 'right': ax.spines[side].set_visible(False)
@@ -273,10 +272,10 @@ def write(rows, about, missing, info):
 def main():
     about = contestants()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rounds', type=int, default=5, help='processes a contestant (default: 5)')
+    parser.add_argument('--rounds', type=int, default=5, help='processes for each contestant (default: 5)')
     parser.add_argument('--only', nargs='+', choices=about, metavar='NAME', help=f'some of: {", ".join(about)}')
     parser.add_argument('--quick', action='store_true',
-                        help='one round of one epoch of 10,000 rows, to see that all runs; results/ stays as it is')
+                        help='one round of one epoch of 10,000 examples, to see that everything runs; results/ stays as it is')
     parser.add_argument('--limit', type=float, default=600, help='seconds a process may take (default: 600)')
     args = parser.parse_args()
     if args.rounds < 1: parser.error('--rounds must be 1 or more')
@@ -286,11 +285,11 @@ def main():
     from tqdm import tqdm
     global RESULTS
     if args.quick: args.rounds, RESULTS = 1, JOB / 'quick'
-    words = ['--rows', '10000', '--epochs', '1'] if args.quick else []
-    subprocess.run([sys.executable, str(HERE / 'job.py'), *words], check=True)
+    smaller = ['--examples', '10000', '--epochs', '1'] if args.quick else []
+    subprocess.run([sys.executable, str(HERE / 'job.py'), *smaller], check=True)
     names, rows = list(args.only or about), []
     info = dict(machine=machine(), commit=commit(), date=datetime.date.today().isoformat(), load_before=round(os.getloadavg()[0], 1),
-                epochs=1 if args.quick else 3, rows=10_000 if args.quick else 50_000)
+                epochs=1 if args.quick else 3, examples=10_000 if args.quick else 50_000)
     draw = random.Random(0)
     with tqdm(total=args.rounds * len(names)) as bar:
         try:

@@ -9,9 +9,11 @@ __all__ = ['show_images', 'Examples', 'gunzip', 'read_idx', 'DataUnavailable', '
 import gzip
 import hashlib
 import io
+import math
 import os
 import struct
-import tempfile
+import sys
+import time
 import warnings
 import zlib
 from importlib.resources import files
@@ -42,15 +44,18 @@ def show_images(
         raise ValueError(f'show_images: got shape {a.shape}; allowed are (n,784), (n,h,w), '
                          '(n,1,h,w), (784,) and (h,w), none of them empty')
     if ncols < 1: raise ValueError(f'show_images: got ncols={ncols}; it must be at least 1')
-    titles = [t.item() if isinstance(t, Tensor) else t for t in ([] if titles is None else titles)]
+    if titles is None: titles = []
+    titles = [t.item() if isinstance(t, Tensor) else t for t in titles]
     if len(titles) not in (0, len(a)):
         raise ValueError(f'show_images: got {len(titles)} titles for {len(a)} images')
-    for k, v in dict(vmin=a.min(), vmax=a.max()).items(): kwargs[k] = float(kwargs.get(k, v))
-    nrows, ncols = -(-len(a)//ncols), min(ncols, len(a))
+    vmin, vmax = float(kwargs.pop('vmin', a.min())), float(kwargs.pop('vmax', a.max()))
+    ncols = min(ncols, len(a))
+    nrows = math.ceil(len(a)/ncols)
     fig, axs = plt.subplots(nrows, ncols, layout='constrained', squeeze=False,
                             figsize=(size*ncols, (size + .2*bool(titles))*nrows))
     for ax in axs.flat: ax.axis('off')
-    for ax, image in zip(axs.flat, a): ax.imshow(image, cmap=cmap, **kwargs)
+    for ax, image in zip(axs.flat, a):
+        ax.imshow(image, cmap=cmap, vmin=vmin, vmax=vmax, **kwargs)
     for ax, title in zip(axs.flat, titles): ax.set_title(str(title), fontsize=9)
     return fig
 
@@ -97,7 +102,7 @@ def _parse_idx(raw):
     start = 4 + 4*ndim
     if len(raw) < start: raise ValueError(f'IDX header cut short: {len(raw)} of {start} bytes')
     shape = struct.unpack(f'>{ndim}I', raw[4:start])
-    size = start + np.prod(shape, dtype=object)*dtype.itemsize
+    size = start + math.prod(shape)*dtype.itemsize
     if len(raw) != size:
         raise ValueError(f'IDX file of shape {shape} must have {size:,} bytes, got {len(raw):,}')
     return np.frombuffer(raw, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder('='))
@@ -122,10 +127,10 @@ def _read_verified(folder, name, sha):
     why = 'missing'
     for path in (folder/f'{name}.gz', folder/name):
         try:
-            if path.exists() and not path.is_file(): raise ValueError('not a file')
-            with open(path, 'rb') as f: return _verified(f.read(_CAP + 1), sha)
-        except (FileNotFoundError, NotADirectoryError): continue
-        except (OSError, ValueError) as e: why = getattr(e, 'strerror', None) or str(e)
+            if path.is_file():
+                with open(path, 'rb') as f: return _verified(f.read(_CAP + 1), sha)
+            if path.exists(): why = 'not a file'
+        except (OSError, ValueError) as e: why = str(e)
     raise ValueError(why)
 
 # %% ../nbs/00_data.ipynb #2d10df53
@@ -159,33 +164,31 @@ _FASHION = _Set('Fashion-MNIST', 'fashion-mnist', dict(zip(_FILES, (
      'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com'), 50_000, False)
 
 # %% ../nbs/00_data.ipynb #349c236e
-class _Capped(io.FileIO):
-    "A file that holds at most `_CAP` bytes"
+class _Capped(io.BytesIO):
+    "Holds at most `_CAP` bytes in memory"
     def write(self, data):
-        if self.tell() + len(data) > _CAP: raise OSError(f'sends more than {_CAP:,} bytes')
+        if self.tell() + len(data) > _CAP: raise ValueError(f'sends more than {_CAP:,} bytes')
         return super().write(data)
 
-def _transfer(mirror, name, timeout):
-    "The bytes of a file as `mirror` serves it; `OSError` if two attempts fail or it is too large"
-    with warnings.catch_warnings(action='ignore'): import pooch  # tqdm warns of missing widgets
-    from tqdm import tqdm
-    style = dict(desc=name, total=1, unit='B', unit_scale=True, disable=None, leave=False)
-    def download(url, path, _):
-        with _Capped(path, 'wb') as f, tqdm(**style) as bar:
-            pooch.HTTPDownloader(bar, 2**16, timeout=timeout)(url, f, None)
-    pooch.get_logger().disabled = True  # the progress bar is enough
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            server = pooch.create(folder, mirror, registry={name: None}, retry_if_failed=1)
-            return Path(server.fetch(name, downloader=download)).read_bytes()
-    finally: pooch.get_logger().disabled = False
+def _transfer(url, timeout):
+    "The bytes at `url`; `OSError` if two attempts fail, `ValueError` if they are too many"
+    with warnings.catch_warnings(action='ignore'): import pooch  # warns where it can't draw a bar
+    download = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=timeout)
+    for attempt in 1, 2:
+        memory = _Capped()
+        try:
+            download(url, memory, None)  # None: we keep no list of files in `pooch`
+            return memory.getvalue()
+        except OSError:
+            if attempt == 2: raise
+            time.sleep(1)  # seconds
 
 def _download(name, sha, mirrors, timeout, failed):
     "The file as served, and its verified bytes; adds to `failed`; `OSError` if no mirror has it"
     for mirror in mirrors:
         if mirror in failed: continue
         try:
-            raw = _transfer(mirror, f'{name}.gz', timeout)
+            raw = _transfer(f'{mirror.rstrip("/")}/{name}.gz', timeout)
             return raw, _verified(raw, sha)
         except (OSError, ValueError) as e: failed[mirror] = f'{name}.gz: {e}'
     raise OSError('no mirror has it')
@@ -212,23 +215,21 @@ def _tell_once(kind, text, level):
 
 def _collect(s, folder, mirrors, timeout):
     "Name -> verified bytes, read or downloaded and stored; `DataUnavailable` if a file is missing"
-    got, wrong, failed, unkept = {}, {}, {}, None
+    got, wrong, failed = {}, {}, {}
     for name, sha in s.sha.items():
         try: got[name] = _read_verified(folder, name, sha)
         except ValueError as e: wrong[name] = str(e)
-    for name in list(wrong) if mirrors else ():
+    for name in wrong:
         try: raw, got[name] = _download(name, s.sha[name], mirrors, timeout, failed)
-        except OSError: break
-        del wrong[name]
+        except OSError:
+            lines = [f'  {n}: {why}' for n, why in wrong.items() if n not in got]
+            if failed: lines += ['Mirrors tried:', *(f'  {m}: {why}' for m, why in failed.items())]
+            text = '\n'.join([f'{s.title} is incomplete. In {folder}', *lines])
+            raise DataUnavailable(text) from None
         try: _store(raw, folder/f'{name}.gz')
-        except OSError as e: unkept = e
-    if wrong:
-        lines = [f'{s.title} is incomplete. In {folder}', *(f'  {n}: {wrong[n]}' for n in wrong)]
-        if mirrors: lines += ['Mirrors tried:', *(f'  {m}: {failed[m]}' for m in mirrors)]
-        raise DataUnavailable('\n'.join(lines))
-    if unkept:
-        _tell_once('cache', f'{s.title} was downloaded, but it cannot be kept in {folder} '
-                   f'({unkept.strerror}): free some space, or name another folder with folder=', 6)
+        except OSError as e:
+            _tell_once('cache', f'{s.title} was downloaded, but it cannot be kept in {folder} '
+                       f'({e.strerror}): free some space, or name another folder with folder=', 6)
     return got
 
 # %% ../nbs/00_data.ipynb #0ec4fd36
@@ -239,7 +240,7 @@ class Splits(NamedTuple):
     test: Examples
 
 def _full(s, folder, mirrors, timeout):
-    "The `Splits` of the full data set; `DataUnavailable` if a file is missing or has no place"
+    "The `Splits` of the full data set; `DataUnavailable` if a file or the folder is missing"
     from platformdirs import user_cache_path
     try:
         if folder is None: folder = user_cache_path('miniai', appauthor=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 # %% ../nbs/01_forward_backward.ipynb #33bafd6c
 def _is_float(a):
-    "Is `a` a tensor of floating-point numbers, which one can differentiate by?"
+    "Is `a` a tensor of floating-point numbers? Only such a tensor has a gradient"
     return isinstance(a, Tensor) and a.is_floating_point()
 
 def numeric_grad(
@@ -69,7 +69,7 @@ def assert_same(
 
 # %% ../nbs/01_forward_backward.ipynb #65895282
 def _autograd(func, args):
-    "Autograd's gradients of `func(*args)`; `None` for arguments that are no floating-point tensors"
+    "Autograd's gradients of `func(*args)`; `None` for other arguments than float tensors"
     leaves = [a.detach().clone().requires_grad_() if _is_float(a) else a for a in args]
     with torch.enable_grad(): out = func(*leaves)
     if not (isinstance(out, Tensor) and out.requires_grad):
@@ -81,7 +81,7 @@ def _autograd(func, args):
 
 def check_grads(
     func:Callable,            # takes `args`, returns one float64 number
-    args:Sequence,            # its arguments, away from kinks; gradients are by the float64 tensors
+    args:Sequence,            # its arguments, away from kinks; only float64 tensors have gradients
     grads:Sequence|None=None, # one per argument, `None` skips it; left out: autograd's are checked
     *,
     rtol:float=1e-6,          # allowed against central differences, relative to the expected entry
@@ -100,5 +100,5 @@ def check_grads(
     for source,expected,rt,at in references:
         for i,(g,e) in enumerate(zip(grads, expected)):
             if g is None: continue
-            if e is None: raise ValueError(f'argument {i} is no float64 tensor: pass None')
+            if e is None: raise ValueError(f'argument {i} is not a float64 tensor: pass None')
             assert_same(f'gradient of argument {i}', g, e, rt, at, source)

@@ -7,14 +7,13 @@ __all__ = ['logsumexp', 'log_softmax', 'nll', 'cross_entropy', 'CrossEntropyLoss
 
 # %% ../nbs/03_cross_entropy.ipynb #fee20a47
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .module import Module
 
 # %% ../nbs/03_cross_entropy.ipynb #ebc8f048
 def logsumexp(
-    z:Tensor,           # `(..., c)` any numbers, infinite ones too; `c` at least 1
+    z:Tensor,           # `(..., c)` any numbers, infinite ones too; c ≥ 1
     keepdim:bool=False, # keep the last dimension, with length 1?
 )->Tensor:              # `(...)`, or `(..., 1)`
     "`z.exp().sum(-1).log()` without overflow; `-inf` where all `c` numbers are `-inf`"
@@ -25,11 +24,11 @@ def logsumexp(
 
 # %% ../nbs/03_cross_entropy.ipynb #374def3a
 def log_softmax(
-    z:Tensor, # `(..., c)` logits; `-inf` gives a class the probability 0; `c` at least 1
+    z:Tensor, # `(..., c)` logits; `-inf` gives a class the probability 0; c ≥ 1
 )->Tensor:    # `(..., c)` log-probabilities: their `exp` sums to 1 over the last dimension
     "Logarithm of the softmax over the last dimension; NaN if all logits are `-inf` or one is `inf`"
-    s = z - z.detach().amax(-1, keepdim=True)
-    return s - s.exp().sum(-1, keepdim=True).log()
+    d = z - z.detach().amax(-1, keepdim=True)
+    return d - d.exp().sum(-1, keepdim=True).log()
 
 # %% ../nbs/03_cross_entropy.ipynb #d196694e
 _INTEGERS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
@@ -64,8 +63,8 @@ def cross_entropy(
 class CrossEntropyLoss(Module):
     "Cross entropy of logits `(n,c)` and labels `(n,)`, in nats, the twin of `nn.CrossEntropyLoss`"
     def __init__(self,
-        reduction:str='mean',      # over the examples: 'mean' or 'sum', else `ValueError`
-        label_smoothing:float=0.0, # share of the target spread over all classes, 0 to 1
+        reduction:str='mean',      # combine examples by 'mean' or 'sum' (otherwise `ValueError`)
+        label_smoothing:float=0.0, # fraction of the target spread over all classes, 0 to 1
     ):
         super().__init__()
         if reduction not in ('mean', 'sum'):
@@ -75,16 +74,18 @@ class CrossEntropyLoss(Module):
         self.reduction, self.label_smoothing = reduction, label_smoothing
 
     def forward(self,
-        input:Tensor,  # `(n,c)` logits; `-inf` masks a class
+        input:Tensor,  # `(n,c)` logits; `-inf` masks a class; smoothing then makes the loss `inf`
         target:Tensor, # `(n,)` labels from 0 to c-1, of any integer type
     )->Tensor:         # 0-d
         logp, eps = log_softmax(input), self.label_smoothing
         losses = -_pick(logp, target)
         if eps: losses = (1 - eps)*losses - eps*logp.mean(1)
-        return losses.mean() if self.reduction == 'mean' else losses.sum(), logp.exp()
+        loss = losses.mean() if self.reduction == 'mean' else losses.sum()
+        return loss, logp.exp()
 
     def bwd(self, grad, out, input, target, probs):
-        (n, c), eps = probs.shape, self.label_smoothing
-        t = (1 - eps)*F.one_hot(target.long(), c).to(probs.dtype) + eps/c
+        n, c = probs.shape
+        eps = self.label_smoothing
+        t = torch.full_like(probs, eps/c).scatter_(1, target.long()[:, None], 1 - eps + eps/c)
         scale = grad/n if self.reduction == 'mean' else grad
         return scale*(probs - t), None

@@ -96,13 +96,13 @@ class Linear(Module):
         self.register_parameter('bias', None) # stays None without a bias
         if bias: self.bias = nn.Parameter(torch.empty(out_features, **kind))
         bound = 1 / math.sqrt(in_features)
-        rounded = math.sqrt(3) * (math.sqrt(2/6) / math.sqrt(in_features)) # as `nn.Linear` has it
+        rounded = math.sqrt(3) * (math.sqrt(2/6) / math.sqrt(in_features)) # as in `nn.Linear`
         nn.init.uniform_(self.weight, -rounded, rounded)
         if bias: nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x):
         out = x @ self.weight.T
-        return out if self.bias is None else out.add_(self.bias) # in place: keeps the dtype of out
+        return out if self.bias is None else out.add_(self.bias) # in place: keeps out's dtype
 
     def bwd(self, grad, out, x, weight, bias):
         rows, x_rows = grad.reshape(-1, self.out_features), x.reshape(-1, self.in_features)

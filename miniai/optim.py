@@ -23,43 +23,46 @@ from .training import SGD
 
 # %% ../nbs/10_optimizers.ipynb #01122a99
 class Optimizer(SGD):
-    """What the optimisers of this chapter share: words for each group, a state for each parameter, both in `torch.optim`'s form.
+    """Base class of the optimisers: options for each group and a state for each parameter, both in `torch.optim`'s form.
 
-    A subclass hands its words to `__init__` as `defaults`, names in `keeps` what it remembers, and writes `update`."""
-    keeps = () # names of what a parameter's state may hold: `step`, a count, and tensors of the parameter's shape
+    A subclass passes its options to `__init__` as `defaults`, lists the names of its state in `keeps`, and defines `update`."""
+    keeps = () # allowed names in a parameter's state: `step`, a count, and tensors of the parameter's shape
 
     def __init__(self,
-        params,        # tensors, or dicts with `params` and, if they want their own, any word of `defaults`: one dict a group
-        defaults:dict, # the words of groups that name none; among them `lr`, `weight_decay` and `maximize`
+        params,        # tensors, or one dict per group with `params` and any of the options in `defaults`
+        defaults:dict, # the options and their default values; `lr`, `weight_decay` and `maximize` among them
     ):
-        if isinstance(params, Tensor): raise TypeError(f'{_name(self)}: params is one tensor; put it into a list')
+        if isinstance(params, Tensor): raise TypeError(f'{_name(self)}: params is one tensor; pass a list, [tensor]')
         self.defaults, self.state, self.param_groups, self._buffers = defaults, defaultdict(dict), [], defaultdict(dict)
         groups = list(params)
         if not all(isinstance(g, dict) for g in groups): groups = [{'params': groups}]
         for g in groups: self.add_param_group(g)
         every = self._params()
         if not any(p.requires_grad for p in every):
-            raise ValueError(f'{_name(self)}: of {len(every)} parameters none requires a gradient, so a step would change nothing')
+            raise ValueError(f'{_name(self)}: none of the {len(every)} parameters requires grad, so a step would change nothing')
 
     def add_param_group(self,
-        group:dict, # `params`, and the words in which it differs from `defaults`
+        group:dict, # `params`, and the options that differ from `defaults`
     ):
-        "Train these parameters too; refuses a word that is unknown or out of range, and a tensor that can't be moved or is here already"
+        "Train these parameters too; `ValueError` or `TypeError` for an unknown or invalid option or tensor"
         new = {**self.defaults, **group, 'params': _tensors(_name(self), group['params'])}
-        _check_words(self, new)
+        _check_options(self, new)
         every = self._params() + new['params']
-        if len(set(every)) < len(every): raise ValueError(f'{_name(self)}: a parameter is given twice, and would be moved twice a step')
+        if len(set(every)) < len(every):
+            raise ValueError(f'{_name(self)}: a parameter is given twice and would be updated twice per step; '
+                             'remove one')
         self.param_groups.append(new)
 
     @torch.no_grad()
     def step(self):
-        "Move each parameter that has a gradient; the gradients stay as they are"
+        "Update each parameter that has a gradient; the gradients do not change"
         for g in self.param_groups:
             params = [p for p in g['params'] if p.grad is not None]
             if not params: continue
             grads = [p.grad for p in params]
             if any(d.layout is not torch.strided for d in grads):
-                raise TypeError(f'{_name(self)}: a gradient is sparse, and this optimiser moves every entry; use torch.optim.SparseAdam')
+                raise TypeError(f'{_name(self)}: a gradient is sparse, but this optimiser updates every entry; '
+                                'use torch.optim.SparseAdam')
             penalty = 0 if g.get('decoupled_weight_decay') else g['weight_decay']
             if g['maximize'] or penalty: grads = self.copies('grads', params, grads)
             if g['maximize']: torch._foreach_neg_(grads)
@@ -67,29 +70,29 @@ class Optimizer(SGD):
             self.update(g, params, grads)
 
     def update(self,
-        group:dict,  # the words
-        params:list, # tensors to be moved in place
-        grads:list,  # for each its gradient, of the same shape; not to be changed
+        group:dict,  # the options
+        params:list, # tensors to update in place
+        grads:list,  # their gradients, of the same shapes; must not be changed
     ):
-        "The method: a subclass writes it"
-        raise NotImplementedError(f'{_name(self)}: update is missing')
+        "The update rule, defined by a subclass"
+        raise NotImplementedError(f'{_name(self)} does not define update')
 
     def kept(self,
         params:list, # parameters
-        *names:str,  # some of `keeps`
-    )->list:         # for each name a list, one tensor a parameter
-        "What is remembered under these names, to be changed in place; zeros at first"
+        *names:str,  # names from `keeps`
+    )->list:         # for each name a list with one tensor per parameter
+        "The tensors of the state with these names, zeros at first; update them in place"
         for p, name in itertools.product(params, names):
             state = self.state[p]
             if name not in state: state[name] = torch.zeros((), dtype=_count_dtype()) if name == 'step' else torch.zeros_like(p)
         return [[self.state[p][name] for p in params] for name in names]
 
     def copies(self,
-        name:str,    # whose buffers
+        name:str,    # name of the buffers
         params:list, # parameters
-        values:list, # for each a tensor of its shape
-    )->list:         # for each a tensor that may be changed until the next step
-        "Copies in buffers that are kept from step to step, as new memory costs time; they are no part of the state"
+        values:list, # one tensor per parameter, of its shape
+    )->list:         # one tensor per parameter, which may be changed until the next step
+        "Copies in buffers that are reused in each step, because allocation costs time; not part of the state"
         kept = self._buffers[name]
         for p in params:
             if p not in kept: kept[p] = torch.empty_like(p)
@@ -97,21 +100,22 @@ class Optimizer(SGD):
         torch._foreach_copy_(buffers, values)
         return buffers
 
-    def state_dict(self)->dict: # `state`, by the parameter's number, and `param_groups`, with numbers for tensors
-        "All that a later run must know, in `torch.optim`'s form, as copies"
+    def state_dict(self)->dict: # `state` by parameter number, and `param_groups` with numbers instead of tensors
+        "A copy of options and state, in `torch.optim`'s form"
         number = {p: i for i, p in enumerate(self._params())}
         return {**super().state_dict(), 'state': {number[p]: {k: v.clone() for k, v in s.items()} for p, s in self.state.items() if s}}
 
     def load_state_dict(self,
         state_dict:dict, # from `state_dict()`, ours or the twin's
     ):
-        "Take over words and states, as copies; `ValueError` if they can't be honoured, and then nothing changed"
+        "Load a copy of options and state; `ValueError` if they do not fit, and then nothing changes"
         own, given = self.param_groups, state_dict['param_groups']
         sizes, wanted = [len(g['params']) for g in given], [len(g['params']) for g in own]
         if sizes != wanted:
-            raise ValueError(f'{_name(self)}.load_state_dict: groups of {sizes} parameters, this optimiser has groups of {wanted}')
+            raise ValueError(f'{_name(self)}.load_state_dict: the state has groups of {sizes} parameters, '
+                             f'this optimiser has groups of {wanted}')
         groups = [{**g, **new, 'params': g['params']} for g, new in zip(own, given)]
-        for g in groups: _check_words(self, g)
+        for g in groups: _check_options(self, g)
         param = dict(zip([i for g in given for i in g['params']], self._params()))
         state = {param[i]: {k: _fitting(self, param[i], k, v) for k, v in kept.items() if v is not None}
                  for i, kept in state_dict['state'].items()}
@@ -123,69 +127,72 @@ class Optimizer(SGD):
 def _name(obj): return type(obj).__name__
 
 
-def _count_dtype(): return torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32 # as in PyTorch; both count far
+def _count_dtype(): return torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32 # as in PyTorch
 
 # %% ../nbs/10_optimizers.ipynb #fff239a8
-# what a group may hold beside an optimiser's words: a name, and what schedules leave there
+# what a group may contain besides the options: a name, and the entries of schedules
 _MORE = {'params', 'name', 'param_names', 'initial_lr', 'max_lr', 'min_lr', 'max_momentum', 'base_momentum'}
 
 
 def _tensors(name, params)->list:
-    "The tensors in `params`, checked: leaves that a step may move, in an order that another run repeats"
+    "The tensors in `params`, checked: leaf tensors in a reproducible order"
     if isinstance(params, (set, frozenset)): raise TypeError(f'{name}: params is a set, whose order changes from run to run; use a list')
     params = [params] if isinstance(params, Tensor) else list(params)
     for p in params:
-        if not isinstance(p, Tensor): raise TypeError(f'{name}: params holds a {_name(p)}, needs tensors or dicts')
-        if not p.is_leaf: raise ValueError(f'{name}: a tensor {tuple(p.shape)} was computed from others; give the parameters themselves')
-        if p.is_complex(): raise TypeError(f'{name}: a parameter is complex; train torch.view_as_real of it')
+        if not isinstance(p, Tensor): raise TypeError(f'{name}: params contains a {_name(p)}, must be tensors or dicts')
+        if not p.is_leaf:
+            raise ValueError(f'{name}: a tensor of shape {tuple(p.shape)} was computed from others; '
+                             'pass the parameters themselves')
+        if p.is_complex(): raise TypeError(f'{name}: a parameter is complex; train its torch.view_as_real instead')
     return params
 
 
-def _check_words(opt, g):
-    "Refuse what would silently be ignored or go wrong"
+def _check_options(opt, g):
+    "`ValueError` for options that would silently be ignored or go wrong"
     unknown = sorted(k for k, v in g.items() if k not in opt.defaults and k not in _MORE and v is not None)
-    if unknown: raise ValueError(f'{_name(opt)}: a group has {unknown}, which it does not know; its words are {", ".join(opt.defaults)}')
+    if unknown: raise ValueError(f'{_name(opt)}: a group has the unknown options {unknown}; the options are {", ".join(opt.defaults)}')
     for k in 'lr', 'momentum', 'alpha', 'eps', 'weight_decay':
         if k in g and not (isinstance(g[k], Real) and g[k] >= 0):
-            raise ValueError(f'{_name(opt)}: {k} is {g[k]!r}, needs a number, 0 or more')
+            raise ValueError(f'{_name(opt)}: {k} is {g[k]!r}, must be a number, 0 or more')
     if 'betas' in g and not (len(g['betas']) == 2 and all(isinstance(b, Real) and 0 <= b < 1 for b in g['betas'])):
-        raise ValueError(f'{_name(opt)}: betas is {g["betas"]!r}, needs two numbers, each at least 0 and below 1')
+        raise ValueError(f'{_name(opt)}: betas is {g["betas"]!r}, must be two numbers, each at least 0 and below 1')
     if g.get('nesterov') and (g['momentum'] == 0 or g['dampening'] != 0):
-        raise ValueError(f'{_name(opt)}: nesterov needs a momentum above 0 and no dampening, got {g["momentum"]} and {g["dampening"]}')
+        raise ValueError(f'{_name(opt)}: nesterov requires momentum above 0 and dampening 0, got {g["momentum"]} and {g["dampening"]}')
     for k in 'capturable', 'differentiable', 'fused':
-        if g.get(k): raise ValueError(f'{_name(opt)}: {k} is {g[k]!r}, and this optimiser has one way to take a step; leave it out')
+        if g.get(k): raise ValueError(f'{_name(opt)}: {k} is {g[k]!r}, but this optimiser does not implement it; leave it out')
 
 
 def _fitting(opt, p, name, value):
-    "A saved value as a copy that suits the parameter"
+    "A copy of a saved value, with the parameter's dtype and device"
     if name not in opt.keeps:
-        raise ValueError(f'{_name(opt)}.load_state_dict: the state holds {name!r}, which this optimiser has no use for; whose state is it?')
+        raise ValueError(f'{_name(opt)}.load_state_dict: the state contains {name!r}, '
+                         'which this optimiser does not use; is it the state of another one?')
     if name == 'step': return torch.tensor(float(value), dtype=_count_dtype())
     if value.shape != p.shape:
-        raise ValueError(f'{_name(opt)}.load_state_dict: {name} is {tuple(value.shape)} for a parameter {tuple(p.shape)}')
+        raise ValueError(f'{_name(opt)}.load_state_dict: {name} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}')
     return value.to(p.device, p.dtype, copy=True)
 
 # %% ../nbs/10_optimizers.ipynb #e3de3241
 class Momentum(Optimizer):
-    "Gradient descent that keeps going the way it went: the twin of `torch.optim.SGD` with all its words"
+    "Gradient descent with momentum: the twin of `torch.optim.SGD` with all its options"
     keeps = 'momentum_buffer',
 
     def __init__(self,
-        params,               # tensors, or dicts with `params` and words of their own: one dict a group
+        params,               # tensors, or one dict per group with `params` and its own options
         lr:float=1e-3,        # learning rate, 0 or more
-        momentum:float=0,     # how much of the running sum is kept a step; 0: there is none
-        dampening:float=0,    # share of a gradient that is left out of the sum, from the second on
+        momentum:float=0,     # factor of the running sum per step; 0: no running sum
+        dampening:float=0,    # share of each gradient left out of the sum, from the second one on
         weight_decay:float=0, # this times the parameter is added to its gradient
-        nesterov:bool=False,  # step along the sum that the same gradient would lead to next?
+        nesterov:bool=False,  # step along the next sum, assuming the same gradient again?
         *,
-        maximize:bool=False,  # climb?
-        foreach:bool|None=None, differentiable:bool=False, fused:bool|None=None, # the twin's; the first changes nothing, the others: off
+        maximize:bool=False,  # increase the objective?
+        foreach:bool|None=None, differentiable:bool=False, fused:bool|None=None, # the first has no effect, the others must be off
     ):
         super().__init__(params, dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
                                       maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused))
 
     def update(self, group, params, grads):
-        "Add the gradients to the running sums, and move against these"
+        "Add the gradients to the running sums, and step against these"
         lr, momentum = group['lr'], group['momentum']
         if momentum == 0: return torch._foreach_add_(params, grads, alpha=-lr)
         begun = [(self.state[p]['momentum_buffer'], d) for p, d in zip(params, grads) if 'momentum_buffer' in self.state[p]]
@@ -202,26 +209,26 @@ class Momentum(Optimizer):
 
 # %% ../nbs/10_optimizers.ipynb #70b7185b
 class RMSprop(Optimizer):
-    "Each entry's gradient divided by its recent size: the twin of `torch.optim.RMSprop`"
+    "Divides each entry of the gradient by its recent size: the twin of `torch.optim.RMSprop`"
     keeps = 'step', 'square_avg', 'grad_avg', 'momentum_buffer'
 
     def __init__(self,
-        params,               # tensors, or dicts with `params` and words of their own: one dict a group
-        lr:float=1e-2,        # learning rate: about how far an entry moves a step
-        alpha:float=.99,      # how much of the running mean of squares is kept a step
-        eps:float=1e-8,       # added to the root, so that nothing is divided by 0
+        params,               # tensors, or one dict per group with `params` and its own options
+        lr:float=1e-2,        # learning rate: about the change of an entry per step
+        alpha:float=.99,      # factor of the running mean of squares per step
+        eps:float=1e-8,       # added to the root, to avoid a division by 0
         weight_decay:float=0, # this times the parameter is added to its gradient
-        momentum:float=0,     # how much of a running sum of scaled gradients is kept; 0: there is none
+        momentum:float=0,     # factor of the running sum of scaled gradients; 0: no running sum
         centered:bool=False,  # divide by the standard deviation?
-        capturable:bool=False, foreach:bool|None=None, # the twin's: the first must be off, the second changes nothing
-        maximize:bool=False,  # climb?
-        differentiable:bool=False, # the twin's; must be off
+        capturable:bool=False, foreach:bool|None=None, # accepted for the twin: the first must be off, the second changes nothing
+        maximize:bool=False,  # increase the objective?
+        differentiable:bool=False, # accepted for the twin; must be off
     ):
         super().__init__(params, dict(lr=lr, momentum=momentum, alpha=alpha, eps=eps, centered=centered, weight_decay=weight_decay,
                                       capturable=capturable, foreach=foreach, maximize=maximize, differentiable=differentiable))
 
     def update(self, group, params, grads):
-        "Note the gradients' squares, and step by gradients over roots of their mean"
+        "Update the running mean of squares, and step by the gradient over its root"
         lr, alpha = group['lr'], group['alpha']
         steps, squares = self.kept(params, 'step', 'square_avg')
         torch._foreach_add_(steps, 1)
@@ -242,28 +249,28 @@ class RMSprop(Optimizer):
 
 # %% ../nbs/10_optimizers.ipynb #9a5fc2bd
 class Adam(Optimizer):
-    "Mean of the gradients over the root of the mean of their squares, both running and corrected: the twin of `torch.optim.Adam`"
+    "Running mean of the gradients over the root of that of their squares, both bias-corrected: the twin of `torch.optim.Adam`"
     keeps = 'step', 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq'
 
     def __init__(self,
-        params,               # tensors, or dicts with `params` and words of their own: one dict a group
-        lr:float=1e-3,        # learning rate: about how far an entry moves a step
-        betas:tuple[float, float]=(.9, .999), # how much of the two running means is kept a step, each at least 0 and below 1
-        eps:float=1e-8,       # added to the root, so that nothing is divided by 0
+        params,               # tensors, or one dict per group with `params` and its own options
+        lr:float=1e-3,        # learning rate: about the change of an entry per step
+        betas:tuple[float, float]=(.9, .999), # factors of the two running means per step, each at least 0 and below 1
+        eps:float=1e-8,       # added to the root, to avoid a division by 0
         weight_decay:float=0, # this times the parameter is added to its gradient
         amsgrad:bool=False,   # divide by the root of the largest mean of squares so far?
         *,
-        foreach:bool|None=None, # the twin's; changes nothing
-        maximize:bool=False,  # climb?
-        capturable:bool=False, differentiable:bool=False, fused:bool|None=None, # the twin's; must be off
-        decoupled_weight_decay:bool=False, # shrink the parameter by `lr*weight_decay` times itself, and leave the gradient alone?
+        foreach:bool|None=None, # accepted for the twin; changes nothing
+        maximize:bool=False,  # increase the objective?
+        capturable:bool=False, differentiable:bool=False, fused:bool|None=None, # accepted for the twin; must be off
+        decoupled_weight_decay:bool=False, # multiply the parameter by `1 - lr*weight_decay` instead of changing the gradient?
     ):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
                                       foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused,
                                       decoupled_weight_decay=decoupled_weight_decay))
 
     def update(self, group, params, grads):
-        "Note the gradients and their squares, and step by the corrected means"
+        "Update both running means, and step by the corrected means"
         lr, (beta1, beta2) = group['lr'], group['betas']
         steps, means, squares = self.kept(params, 'step', 'exp_avg', 'exp_avg_sq')
         torch._foreach_add_(steps, 1)
@@ -285,16 +292,16 @@ class Adam(Optimizer):
 
 # %% ../nbs/10_optimizers.ipynb #6146ea10
 class AdamW(Adam):
-    "Adam with weight decay that acts on the parameter and not through its gradient: the twin of `torch.optim.AdamW`"
+    "Adam with weight decay applied to the parameter and not to its gradient: the twin of `torch.optim.AdamW`"
     def __init__(self,
-        params,                  # tensors, or dicts with `params` and words of their own: one dict a group
-        lr:float=1e-3,           # learning rate: about how far an entry moves a step
-        betas:tuple[float, float]=(.9, .999), # how much of the two running means is kept a step, each at least 0 and below 1
-        eps:float=1e-8,          # added to the root, so that nothing is divided by 0
-        weight_decay:float=1e-2, # a step multiplies the parameter by `1 - lr*weight_decay`
+        params,                  # tensors, or one dict per group with `params` and its own options
+        lr:float=1e-3,           # learning rate: about the change of an entry per step
+        betas:tuple[float, float]=(.9, .999), # factors of the two running means per step, each at least 0 and below 1
+        eps:float=1e-8,          # added to the root, to avoid a division by 0
+        weight_decay:float=1e-2, # each step multiplies the parameter by `1 - lr*weight_decay`
         amsgrad:bool=False,      # divide by the root of the largest mean of squares so far?
         *,
-        maximize:bool=False,     # climb?
+        maximize:bool=False,     # increase the objective?
         foreach:bool|None=None, capturable:bool=False, differentiable:bool=False, fused:bool|None=None, # as for `Adam`
     ):
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize, capturable=capturable,
@@ -303,13 +310,13 @@ class AdamW(Adam):
     def load_state_dict(self,
         state_dict:dict, # from `state_dict()`, ours or the twin's
     ):
-        "Take over words and states; the decay stays decoupled"
+        "Load options and state; the decay stays decoupled"
         super().load_state_dict(state_dict)
         for g in self.param_groups: g['decoupled_weight_decay'] = True
 
 # %% ../nbs/10_optimizers.ipynb #b8a64d6c
 class Schedule:
-    "A learning rate for every step: `lr_at` is its formula, and `step()` sets the next one in each group of the optimiser"
+    "Base class of the schedules: `lr_at` is the formula, and `step()` sets the next learning rate in each group of the optimiser"
     def __init__(self,
         optimizer, # ours or `torch.optim`'s; its groups get the first learning rate
     ):
@@ -323,48 +330,50 @@ class Schedule:
         t:int,      # steps so far, from 0
         base:float, # the group's learning rate without a schedule
     )->float:       # the learning rate after `t` steps
-        "The formula: a subclass writes it"
-        raise NotImplementedError(f'{_name(self)}: lr_at is missing')
+        "The formula, defined by a subclass"
+        raise NotImplementedError(f'{_name(self)} does not define lr_at')
 
     def step(self):
-        "Set the next learning rate; to be called after the optimiser's step"
+        "Set the next learning rate; call it after the optimiser's step"
         self._step_count += 1
         self._set(self.last_epoch + 1)
 
     def _set(self, t):
         groups = self.optimizer.param_groups
         if len(groups) != len(self.base_lrs):
-            raise ValueError(f'{_name(self)}: made for {len(self.base_lrs)} groups, the optimiser now has {len(groups)}; make a new one')
+            raise ValueError(f'{_name(self)}: made for {len(self.base_lrs)} groups, '
+                             f'but the optimiser now has {len(groups)}; make a new schedule')
         self.last_epoch = t
         for g, base in zip(groups, self.base_lrs): self._change(g, t, base)
         self._last_lr = [g['lr'] for g in groups]
 
     def _change(self, g, t, base): g['lr'] = self.lr_at(t, base)
 
-    def get_last_lr(self)->list: # one number a group
+    def get_last_lr(self)->list: # one number per group
         "The learning rates that were set last"
         return self._last_lr
 
     def state_dict(self)->dict: # numbers, strings, lists and dicts
-        "All that a later run must know, in the twin's form"
+        "The state of the schedule, in the twin's form"
         return {k: v for k, v in vars(self).items() if k != 'optimizer'}
 
     def load_state_dict(self,
         state_dict:dict, # from `state_dict()`, ours or the twin's
     ):
-        "Go on from there; the optimiser's state holds the learning rates themselves, and is loaded on its own"
-        notes = {'_get_lr_called_within_step', '_is_initial', 'verbose'} # the twin's, to itself
+        "Continue from a saved state; the learning rates themselves are in the optimiser's state, which is loaded separately"
+        notes = {'_get_lr_called_within_step', '_is_initial', 'verbose'} # internal to the twin
         own, given = set(self.state_dict()), set(state_dict) - notes
         if own != given:
             more, less = sorted(given - own), sorted(own - given)
-            raise ValueError(f'{_name(self)}.load_state_dict: the state has {more} too much and lacks {less}; whose state is it?')
+            raise ValueError(f'{_name(self)}.load_state_dict: the state has the unknown entries {more} and lacks '
+                             f'{less}; is it the state of another schedule?')
         vars(self).update({k: state_dict[k] for k in own})
 
 # %% ../nbs/10_optimizers.ipynb #66d663a0
 class StepLR(Schedule):
-    "Times `gamma` after every `step_size` steps: the twin of `torch.optim.lr_scheduler.StepLR`"
+    "Multiplies by `gamma` after every `step_size` steps: the twin of `torch.optim.lr_scheduler.StepLR`"
     def __init__(self,
-        optimizer,      # the groups' `lr` is where it begins
+        optimizer,      # its groups' `lr` is the start value
         step_size:int,  # steps between two changes, 1 or more
         gamma:float=.1, # factor
     ):
@@ -375,9 +384,9 @@ class StepLR(Schedule):
 
 
 class ExponentialLR(Schedule):
-    "Times `gamma` at every step: the twin of `torch.optim.lr_scheduler.ExponentialLR`"
+    "Multiplies by `gamma` at every step: the twin of `torch.optim.lr_scheduler.ExponentialLR`"
     def __init__(self,
-        optimizer,   # the groups' `lr` is where it begins
+        optimizer,   # its groups' `lr` is the start value
         gamma:float, # factor
     ):
         self.gamma = gamma
@@ -387,9 +396,9 @@ class ExponentialLR(Schedule):
 
 
 class LinearLR(Schedule):
-    "In a straight line from one factor to another: the twin of `torch.optim.lr_scheduler.LinearLR`"
+    "Changes linearly from one factor to another: the twin of `torch.optim.lr_scheduler.LinearLR`"
     def __init__(self,
-        optimizer,              # the groups' `lr` is what the factors multiply
+        optimizer,              # its groups' `lr` is multiplied by the factors
         start_factor:float=1/3, # factor at the start
         end_factor:float=1.,    # factor from the last step on
         total_iters:int=5,      # steps between the two, 1 or more
@@ -402,9 +411,9 @@ class LinearLR(Schedule):
 
 
 class CosineAnnealingLR(Schedule):
-    "Down along half a cosine, and up again after that: the twin of `torch.optim.lr_scheduler.CosineAnnealingLR`"
+    "Falls along half a cosine, and rises again after that: the twin of `torch.optim.lr_scheduler.CosineAnnealingLR`"
     def __init__(self,
-        optimizer,        # the groups' `lr` is where it begins
+        optimizer,        # its groups' `lr` is the start value
         T_max:int,        # steps on the way down, 1 or more
         eta_min:float=0., # lowest learning rate
     ):
@@ -415,12 +424,12 @@ class CosineAnnealingLR(Schedule):
 
 # %% ../nbs/10_optimizers.ipynb #f0582755
 class OneCycleLR(Schedule):
-    "Up to a maximum and down to almost nothing, with momentum the other way round: the twin of `torch.optim.lr_scheduler.OneCycleLR`"
+    "Rises to a maximum and falls to almost zero, with momentum doing the opposite: the twin of `torch.optim.lr_scheduler.OneCycleLR`"
     def __init__(self,
-        optimizer,                 # its groups' `lr`, and `momentum` or first `betas`, are set
+        optimizer,                 # sets its groups' `lr`, and `momentum` or the first of `betas`
         max_lr,                    # highest learning rate, or one for each group
-        total_steps:int|None=None, # steps of the whole run
-        epochs:int|None=None, steps_per_epoch:int|None=None, # or these two, to be multiplied
+        total_steps:int|None=None, # steps of the full run
+        epochs:int|None=None, steps_per_epoch:int|None=None, # or these two, which are multiplied
         pct_start:float=.3,        # share of the steps on which the learning rate rises, 0 to 1
         anneal_strategy:str='cos', # 'cos' or 'linear'
         cycle_momentum:bool=True,  # change the momentum, too?
@@ -428,16 +437,17 @@ class OneCycleLR(Schedule):
         max_momentum=.95,          # highest momentum, or one for each group
         div_factor:float=25.,      # highest over first learning rate
         final_div_factor:float=1e4, # first over last learning rate
-        three_phase:bool=False,    # fall to the first learning rate as fast as it rose, and only then to the last?
+        three_phase:bool=False,    # first fall to the first learning rate as fast as it rose, then to the last?
     ):
         self.total_steps = epochs*steps_per_epoch if total_steps is None and epochs and steps_per_epoch else total_steps
         if not isinstance(self.total_steps, int) or self.total_steps < 1:
-            raise ValueError(f'OneCycleLR: total_steps is {self.total_steps!r}, needs an int of 1 or more, or epochs and steps_per_epoch')
+            raise ValueError(f'OneCycleLR: total_steps is {self.total_steps!r}, must be an integer of 1 or more; '
+                             'or give epochs and steps_per_epoch')
         if anneal_strategy not in ('cos', 'linear'):
-            raise ValueError(f"OneCycleLR: anneal_strategy is {anneal_strategy!r}, needs 'cos' or 'linear'")
+            raise ValueError(f"OneCycleLR: anneal_strategy is {anneal_strategy!r}, must be 'cos' or 'linear'")
         rise = float(pct_start*self.total_steps)
         if not 0 <= pct_start <= 1 or rise == 1:
-            raise ValueError(f'OneCycleLR: pct_start is {pct_start}, needs 0 to 1, and more or less than one step to rise')
+            raise ValueError(f'OneCycleLR: pct_start is {pct_start}, must be 0 to 1, and pct_start*total_steps must not be 1')
         phases = [(rise - 1, 'initial', 'max', 'max', 'base'), (self.total_steps - 1, 'max', 'min', 'base', 'max')]
         if three_phase:
             phases[1:] = [(2*rise - 2, 'max', 'initial', 'base', 'max'), (self.total_steps - 1, 'initial', 'min', 'max', 'max')]
@@ -448,16 +458,18 @@ class OneCycleLR(Schedule):
         for g, lr in zip(groups, _each('max_lr', max_lr, groups)):
             g.update(initial_lr=lr/div_factor, max_lr=lr, min_lr=lr/div_factor/final_div_factor)
         if cycle_momentum:
-            words = getattr(optimizer, 'defaults', ())
-            if 'momentum' not in words and 'betas' not in words:
-                raise ValueError('OneCycleLR: this optimiser has no momentum to change; give cycle_momentum=False')
-            self.use_beta1 = 'betas' in words
+            options = getattr(optimizer, 'defaults', ())
+            if 'momentum' not in options and 'betas' not in options:
+                raise ValueError('OneCycleLR: this optimiser has no momentum to change; pass cycle_momentum=False')
+            self.use_beta1 = 'betas' in options
             for g, low, high in zip(groups, _each('base_momentum', base_momentum, groups), _each('max_momentum', max_momentum, groups)):
                 g.update(base_momentum=low, max_momentum=high)
         super().__init__(optimizer)
 
     def _change(self, g, t, base):
-        if t > self.total_steps: raise ValueError(f'OneCycleLR: step {t} of a cycle of {self.total_steps}; make a new one for a new run')
+        if t > self.total_steps:
+            raise ValueError(f'OneCycleLR: step {t} is beyond the cycle of {self.total_steps} steps; '
+                             'make a new schedule for a new run')
         g['lr'] = self._between(g, t, 'lr')
         if not self.cycle_momentum: return
         momentum = self._between(g, t, 'momentum')
@@ -465,7 +477,7 @@ class OneCycleLR(Schedule):
         else: g['momentum'] = momentum
 
     def _between(self, g, t, what):
-        "The group's `what` after `t` steps: where in which phase?"
+        "The group's `what` after `t` steps, interpolated within its phase"
         begin = 0
         for phase in self._schedule_phases:
             if t <= phase['end_step']: break
@@ -478,31 +490,33 @@ class OneCycleLR(Schedule):
 def _each(name, value, groups)->list:
     "One value for each group"
     values = list(value) if isinstance(value, (list, tuple)) else [value]*len(groups)
-    if len(values) != len(groups): raise ValueError(f'OneCycleLR: {name} has {len(values)} values for {len(groups)} groups')
+    if len(values) != len(groups):
+        raise ValueError(f'OneCycleLR: {name} has {len(values)} values for {len(groups)} groups; '
+                         'give one value, or one per group')
     return values
 
 # %% ../nbs/10_optimizers.ipynb #cf6a7233
 class SequentialLR(Schedule):
-    "One schedule after the other, each from its own start: the twin of `torch.optim.lr_scheduler.SequentialLR`"
+    "Runs schedules one after the other, each from its own start: the twin of `torch.optim.lr_scheduler.SequentialLR`"
     def __init__(self,
-        optimizer,       # the one that all of them were made for
-        schedulers:list, # schedules of ours, made in this order
-        milestones:list, # for each but the first the step at which it begins, rising
+        optimizer,       # the optimiser of all the schedules
+        schedulers:list, # our schedules, made in this order
+        milestones:list, # the step at which each schedule but the first begins, increasing
     ):
         for s in schedulers:
             if not isinstance(s, Schedule) or isinstance(s, ReduceLROnPlateau):
-                raise TypeError(f'SequentialLR: {_name(s)} is no schedule of ours with a formula, and only such can be joined')
+                raise TypeError(f'SequentialLR: {_name(s)} cannot be joined; use the schedules of miniai.optim that have a formula')
             if s.optimizer is not optimizer: raise ValueError(f'SequentialLR: {_name(s)} was made for another optimiser')
         if len(milestones) != len(schedulers) - 1:
-            raise ValueError(f'SequentialLR: {len(schedulers)} schedules and {len(milestones)} milestones, needs one less')
+            raise ValueError(f'SequentialLR: {len(schedulers)} schedules and {len(milestones)} milestones, must be one milestone less')
         if any(b <= a for a, b in itertools.pairwise([0, *milestones])):
-            raise ValueError(f'SequentialLR: milestones are {milestones}, needs numbers of 1 or more that rise')
+            raise ValueError(f'SequentialLR: milestones are {milestones}, must be increasing, from 1 on')
         self.optimizer, self._schedulers, self._milestones = optimizer, list(schedulers), list(milestones)
         for s in schedulers: s.last_epoch = -1
         self._set(0)
 
     def step(self):
-        "Set the next learning rate; to be called after the optimiser's step"
+        "Set the next learning rate; call it after the optimiser's step"
         self._set(self.last_epoch + 1)
 
     def _set(self, t):
@@ -512,37 +526,40 @@ class SequentialLR(Schedule):
         else: self._schedulers[i].step()
         self._last_lr = self._schedulers[i].get_last_lr()
 
-    def state_dict(self)->dict: # with a list of the schedules' own states
-        "All that a later run must know, in the twin's form"
+    def state_dict(self)->dict: # including a list of the schedules' states
+        "The states of the sequence and its schedules, in the twin's form"
         return {**super().state_dict(), '_schedulers': [s.state_dict() for s in self._schedulers]}
 
     def load_state_dict(self,
         state_dict:dict, # from `state_dict()`, ours or the twin's
     ):
-        "Go on from there, all schedules of the sequence"
+        "Continue from a saved state"
         own, given = self._schedulers, state_dict.get('_schedulers', ())
-        if len(own) != len(given): raise ValueError(f'SequentialLR.load_state_dict: a state of {len(given)} schedules for {len(own)}')
+        if len(own) != len(given):
+            raise ValueError(f'SequentialLR.load_state_dict: the state has {len(given)} schedules, '
+                             f'this sequence {len(own)}')
         super().load_state_dict(state_dict)
         self._schedulers = own
         for s, state in zip(own, given): s.load_state_dict(state)
 
 
 class ReduceLROnPlateau(Schedule):
-    "Times `factor` when a number has stopped getting better: the twin of `torch.optim.lr_scheduler.ReduceLROnPlateau`"
+    "Multiplies by `factor` when a number stops improving: the twin of `torch.optim.lr_scheduler.ReduceLROnPlateau`"
     def __init__(self,
-        optimizer,              # the groups' `lr` is where it begins
-        mode:str='min',         # 'min' if small is good, 'max' if large is
+        optimizer,              # its groups' `lr` is the start value
+        mode:str='min',         # 'min' if smaller is better, 'max' if larger is
         factor:float=.1,        # below 1
-        patience:int=10,        # calls without improvement that are put up with
-        threshold:float=1e-4,   # what counts as an improvement
+        patience:int=10,        # allowed calls without improvement
+        threshold:float=1e-4,   # smallest change that counts as an improvement
         threshold_mode:str='rel', # 'rel': a share of the best; 'abs': a difference
-        cooldown:int=0,         # calls after a reduction that do not count
-        min_lr=0,               # no lower than this, or one for each group
-        eps:float=1e-8,         # smaller changes of the learning rate are left out
+        cooldown:int=0,         # calls after a reduction that are ignored
+        min_lr=0,               # lower bound, or one for each group
+        eps:float=1e-8,         # smaller changes of the learning rate are not made
     ):
-        if not factor < 1: raise ValueError(f'ReduceLROnPlateau: factor is {factor}, needs less than 1')
+        if not factor < 1: raise ValueError(f'ReduceLROnPlateau: factor is {factor}, must be below 1')
         if mode not in ('min', 'max') or threshold_mode not in ('rel', 'abs'):
-            raise ValueError(f"ReduceLROnPlateau: mode {mode!r}, threshold_mode {threshold_mode!r}, needs 'min' or 'max', 'rel' or 'abs'")
+            raise ValueError(f"ReduceLROnPlateau: mode is {mode!r}, must be 'min' or 'max'; "
+                             f"threshold_mode is {threshold_mode!r}, must be 'rel' or 'abs'")
         self.optimizer, self.mode, self.factor, self.patience, self.threshold = optimizer, mode, factor, patience, threshold
         self.threshold_mode, self.cooldown, self.eps = threshold_mode, cooldown, eps
         self.min_lrs = _each('min_lr', min_lr, optimizer.param_groups)
@@ -552,9 +569,9 @@ class ReduceLROnPlateau(Schedule):
         self._last_lr = [g['lr'] for g in optimizer.param_groups]
 
     def step(self,
-        metrics, # the number to look at; a float or a 0-d tensor
+        metrics, # the number to watch; a float or a 0-d tensor
     ):
-        "Look at a new number, and reduce the learning rates if it is time"
+        "Receive a new number, and reduce the learning rates if it has not improved for too long"
         self.last_epoch += 1
         if self._is_better(float(metrics)): self.best, self.num_bad_epochs = float(metrics), 0
         else: self.num_bad_epochs += 1
@@ -562,7 +579,7 @@ class ReduceLROnPlateau(Schedule):
         groups = self.optimizer.param_groups
         if self.num_bad_epochs > self.patience:
             self.cooldown_counter, self.num_bad_epochs = self.cooldown, 0
-            if self.default_min_lr is not None: self.min_lrs = [self.default_min_lr]*len(groups) # one may have been added
+            if self.default_min_lr is not None: self.min_lrs = [self.default_min_lr]*len(groups) # a group may have been added
             for g, low in zip(groups, self.min_lrs, strict=True):
                 lr = max(g['lr']*self.factor, low)
                 if g['lr'] - lr > self.eps: g['lr'] = lr
@@ -575,31 +592,31 @@ class ReduceLROnPlateau(Schedule):
 
 # %% ../nbs/10_optimizers.ipynb #c3c62a37
 class AsTorch(torch.optim.Optimizer):
-    "An optimiser of ours as `torch.optim.lr_scheduler` wants to see it: the same groups, the same step"
+    "Wraps one of our optimisers for `torch.optim.lr_scheduler`: the same groups, the same step"
     def __init__(self,
-        opt, # has `param_groups` and `step`
+        opt, # an object with `param_groups` and `step`
     ):
         self.opt, self.defaults = opt, getattr(opt, 'defaults', {})
-        self._opt_called = True # else PyTorch warns that the optimiser took no step yet: it is not asked through this object
+        self._opt_called = True # avoids PyTorch's warning that the optimiser took no step: steps bypass this object
 
     @property
     def param_groups(self): return self.opt.param_groups
 
     def step(self):
-        "The optimiser's"
+        "Take the optimiser's step"
         self.opt.step()
 
 
 class SchedulerCB(Callback):
-    "Runs a schedule, ours or `torch.optim.lr_scheduler`'s, while a fit trains; afterwards the optimiser's groups are as they were"
-    order = 50 # after those who look at a batch's learning rate, before those who save
+    "Runs a schedule, ours or `torch.optim.lr_scheduler`'s, during a fit; afterwards the optimiser's options are restored"
+    order = 50 # after callbacks that read a batch's learning rate, before those that save
 
     def __init__(self,
-        make,             # `make(opt, steps)` returns the schedule; `steps`: how often this fit steps it; None if the loader has no length
+        make,             # `make(opt, steps)` returns the schedule; `steps`: how many this fit takes, None if unknown
         each:str='batch', # step after each 'batch' whose gradients were used, or each 'epoch'
-        monitor:str='valid_loss', # entry of the epoch's record that a plateau schedule is shown
+        monitor:str='valid_loss', # entry of the epoch's record for a plateau schedule
     ):
-        if each not in ('batch', 'epoch'): raise ValueError(f"SchedulerCB: each is {each!r}, needs 'batch' or 'epoch'")
+        if each not in ('batch', 'epoch'): raise ValueError(f"SchedulerCB: each is {each!r}, must be 'batch' or 'epoch'")
         self.make, self.each, self.monitor = make, each, monitor
         self.sched = self._before = self._resume = None
 
@@ -607,18 +624,18 @@ class SchedulerCB(Callback):
         self._due = False
         if not learn.will_train: return
         opt, resume, self._resume = learn.opt, self._resume, None
-        now = _words(opt)
+        now = _options(opt)
         self._before = now if resume is None else resume['before']
-        _set_words(opt, self._before)
-        gathered = max([cb.n for cb in learn.running_cbs if isinstance(cb, AccumulateCB)], default=1) # batches a step
+        _set_options(opt, self._before)
+        group = max([cb.n for cb in learn.running_cbs if isinstance(cb, AccumulateCB)], default=1) # batches per step
         batches = operator.length_hint(learn.train_dl, 0)
-        steps = learn.epochs if self.each == 'epoch' else -(-batches//gathered)*learn.epochs if batches else None
+        steps = learn.epochs if self.each == 'epoch' else -(-batches//group)*learn.epochs if batches else None
         self.sched = self.make(opt if isinstance(opt, torch.optim.Optimizer) else AsTorch(opt), steps)
         if self._plateau and self.each == 'batch':
-            raise ValueError("SchedulerCB: a plateau schedule looks at an epoch's record; give each='epoch'")
+            raise ValueError("SchedulerCB: a plateau schedule needs an epoch's record; pass each='epoch'")
         if resume is not None:
             self.sched.load_state_dict(resume['sched'])
-            _set_words(opt, now)
+            _set_options(opt, now)
 
     @property
     def _plateau(self): return isinstance(self.sched, (ReduceLROnPlateau, torch.optim.lr_scheduler.ReduceLROnPlateau))
@@ -629,41 +646,41 @@ class SchedulerCB(Callback):
         if self._due and self.each == 'batch': self.sched.step()
         self._due = False
 
-    def after_train(self, learn): self.after_batch(learn) # the step of a last group that `AccumulateCB` takes behind the batches
+    def after_train(self, learn): self.after_batch(learn) # `AccumulateCB` may take its last step after the batches
 
     def after_epoch(self, learn):
         if not learn.will_train or self.each == 'batch': return
         if not self._plateau: self.sched.step()
         elif self.monitor in learn.record: self.sched.step(learn.record[self.monitor])
-        else: raise ValueError(f'SchedulerCB: monitor is {self.monitor!r}, the record of the epoch holds {", ".join(learn.record)}')
+        else: raise ValueError(f'SchedulerCB: monitor is {self.monitor!r}, but the record of the epoch has only {", ".join(learn.record)}')
 
     def cleanup_fit(self, learn):
-        if self._before is not None: _set_words(learn.opt, self._before)
+        if self._before is not None: _set_options(learn.opt, self._before)
         self.sched = self._before = None
 
     def state_dict(self)->dict: # empty if no fit is running
-        "The schedule's state, and the groups' words from before the fit"
+        "The schedule's state, and the groups' options from before the fit"
         return {} if self.sched is None else {'sched': self.sched.state_dict(), 'before': self._before}
 
     def load_state_dict(self,
         state_dict:dict, # from `state_dict()`
     ):
-        "Go on from there, in the next fit or in the one that begins; the optimiser's own state is loaded by whoever saved it"
+        "Continue from a saved state, in the next fit or the one that is starting; the caller restores the optimiser"
         if not state_dict: return
         if self.sched is None: self._resume = state_dict
-        else: # inside `before_fit`, as a checkpoint does it
+        else: # inside `before_fit`, as `CheckpointCB` does
             self.sched.load_state_dict(state_dict['sched'])
             self._before = state_dict['before']
 
 
-def _words(opt)->list:
-    "The words of each group"
+def _options(opt)->list:
+    "The options of each group"
     return [{k: v for k, v in g.items() if k != 'params'} for g in opt.param_groups]
 
 
-def _set_words(opt, words):
-    "Put them back, and nothing else"
-    for g, w in zip(opt.param_groups, words):
+def _set_options(opt, options):
+    "Restore the options, and nothing else"
+    for g, w in zip(opt.param_groups, options):
         params = g['params']
         g.clear()
         g.update(w, params=params)

@@ -44,10 +44,11 @@ class _Array:
 
 # %% ../nbs/70_untrusted_pickles.ipynb #4b72f13a
 class _NumbersOnly(pickle._Unpickler):  # the one written in Python
-    "An unpickler that accepts five names, all replaced by stand-ins, and so rebuilds only numbers"
+    "An unpickler that accepts five names, all replaced by stand-ins, and so no other object"
     def _no_keys(self):
         raise _Rejected('rejected a dict or a set: only arrays in tuples and lists are read')
-    dispatch = pickle._Unpickler.dispatch | dict.fromkeys(b'd}\x8f\x91', _no_keys)
+    keyed = pickle.DICT + pickle.EMPTY_DICT + pickle.EMPTY_SET + pickle.FROZENSET  # 4 bytes
+    dispatch = pickle._Unpickler.dispatch | dict.fromkeys(keyed, _no_keys)
     def find_class(self, module, name):
         allowed = {'numpy.dtype': _Dtype, 'numpy.ndarray': 'ndarray',
                    '_codecs.encode': self._encode,

@@ -1,4 +1,4 @@
-"""Checkpoints as other code meets them: many optimisers, loaders and nets, full and read-only disks, runs that are killed."""
+"""Checkpoints with many optimisers, loaders and networks, full and read-only disks, and runs that are killed."""
 import os
 import re
 import resource
@@ -73,14 +73,14 @@ def last_bias_alone(params, lr):
 
 
 def same_end(tmp_path, net, dls, opt_func, cbs=lambda: (), every=None, batch=3):
-    "Stop, go on in a new learner from another seed: same weights and records as a run in one go"
-    whole = learner(net, dls, opt_func, 1, cbs())
-    records = whole.fit(3, progress=False)
+    "Stop, resume in a new learner from another seed: same weights and records as an uninterrupted run"
+    unbroken = learner(net, dls, opt_func, 1, cbs())
+    records = unbroken.fit(3, progress=False)
     with pytest.raises(RuntimeError, match='stop'):
         learner(net, dls, opt_func, 1, [*cbs(), CheckpointCB(tmp_path, every), Stop(batch)]).fit(3, progress=False)
     again = learner(net, dls, opt_func, 2, [*cbs(), CheckpointCB(tmp_path, every, resume=True)])
     got = again.fit(3, progress=False)
-    for k, t in whole.model.state_dict().items(): assert torch.equal(again.model.state_dict()[k], t), k
+    for k, t in unbroken.model.state_dict().items(): assert torch.equal(again.model.state_dict()[k], t), k
     for a, b in zip(got, records, strict=True): assert {**a, 'seconds': 0} == {**b, 'seconds': 0}
     assert not list(tmp_path.glob('.checkpoint*'))
     return again
@@ -109,7 +109,7 @@ def test_our_optimisers(tmp_path):
 
 
 @pytest.mark.parametrize('every', [1, 4])
-def test_callbacks_with_a_memory(tmp_path, every):
+def test_callbacks_with_a_state(tmp_path, every):
     callbacks = pytest.importorskip('miniai.callbacks')
     make = {'accumulate': lambda: callbacks.AccumulateCB(2), 'clip': lambda: callbacks.GradClipCB(.5), 'record': callbacks.RecorderCB,
             'average': lambda: callbacks.EMACB(.9), 'measure': lambda: callbacks.MetricsCB(callbacks.Accuracy(), train=True),
@@ -132,7 +132,7 @@ def test_schedules(tmp_path, every):
     same_end(tmp_path/'plateau', ours, own_generator, momentum, lambda: (optim.SchedulerCB(plateau, each='epoch'),), every=every)
 
 
-def test_weights_file_is_usable_alone(tmp_path):
+def test_weights_file_is_usable_on_its_own(tmp_path):
     learn = learner(ours, own_generator, SGD, 1)
     learn.fit(1, progress=False)
     learn.save(tmp_path/'c')
@@ -140,7 +140,7 @@ def test_weights_file_is_usable_alone(tmp_path):
     plain.load_state_dict(load_file(tmp_path/'c'/'weights.safetensors'))
     torch.testing.assert_close(plain(digits.test.x[:9]).detach(), learn.predict(digits.test.x[:9]))
     twin = learner(lambda: nn.Sequential(nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, 10)), own_generator, torch.optim.SGD, 3)
-    twin.load(tmp_path/'c')       # a checkpoint of ours in a learner of PyTorch's parts
+    twin.load(tmp_path/'c')       # a checkpoint of our modules in a learner with PyTorch's
     torch.testing.assert_close(twin.predict(digits.test.x[:9]), learn.predict(digits.test.x[:9]))
 
 
@@ -154,7 +154,7 @@ def test_half_and_bfloat16(tmp_path):
 
 @contextmanager
 def disk(folder, options):
-    "A small disk in memory, if we may mount one"
+    "A small disk in memory, if mounting is allowed"
     folder.mkdir()
     mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', folder], capture_output=True)
     if mounted.returncode: pytest.skip('may not mount a disk')
@@ -165,16 +165,16 @@ def disk(folder, options):
 def test_full_disk(tmp_path):
     with disk(tmp_path/'disk', 'size=256k') as folder:
         learn = learner(ours, own_generator, torch.optim.Adam, 1, [CheckpointCB(folder/'run', every=1)])
-        words = 'could not save in .*No space left.*the last good one is .*checkpoint-00000'
-        with pytest.raises(OSError, match=words) as e: learn.fit(2, progress=False)
+        message = 'could not save in .*No space left.*the last good checkpoint is .*checkpoint-00000'
+        with pytest.raises(OSError, match=message) as e: learn.fit(2, progress=False)
         last = list_checkpoints(folder/'run')[-1]
         assert str(last) in str(e.value) and newest_checkpoint(folder/'run') == last and not list((folder/'run').glob('.checkpoint*'))
         subprocess.run(['mount', '-o', 'remount,size=4m', folder], check=True)
         again = learner(ours, own_generator, torch.optim.Adam, 2, [CheckpointCB(folder/'run', every=1, resume=True)])
         again.fit(2, progress=False)
-    whole = learner(ours, own_generator, torch.optim.Adam, 1)
-    whole.fit(2, progress=False)
-    torch.testing.assert_close(again.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+    unbroken = learner(ours, own_generator, torch.optim.Adam, 1)
+    unbroken.fit(2, progress=False)
+    torch.testing.assert_close(again.model.state_dict(), unbroken.model.state_dict(), rtol=0, atol=0)
 
 
 def test_files_of_limited_size(tmp_path):
@@ -182,7 +182,7 @@ def test_files_of_limited_size(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
     try:
-        with pytest.raises(OSError, match='there is none yet'): learn.fit(1, progress=False)
+        with pytest.raises(OSError, match='there is no checkpoint yet'): learn.fit(1, progress=False)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in (tmp_path/'run').iterdir()] == ['.lock']
 
@@ -194,7 +194,7 @@ def test_read_only_disk(tmp_path):
         subprocess.run(['mount', '-o', 'remount,ro', folder], check=True)
         again = learner(ours, own_generator, SGD, 1, [CheckpointCB(folder/'run', resume=True)])
         with pytest.raises(OSError, match='Read-only file system: .*run'): again.fit(2, progress=False)
-        again.load(folder/'run'/'checkpoint-000001')      # to read is all right
+        again.load(folder/'run'/'checkpoint-000001')      # reading works
         with pytest.raises(OSError, match='Read-only file system'): again.save(folder/'other')
 
 
@@ -215,7 +215,7 @@ def test_early_end_and_extension(tmp_path):
     assert len(learn.fit(5, progress=False)) == 2
     again = learner(ours, own_generator, SGD, 2, [CheckpointCB(tmp_path/'run', resume=True)])
     assert [r['epoch'] for r in again.fit(3, progress=False)] == [1, 2, 3]
-    with pytest.raises(ValueError, match='is of epoch 3, and this fit ends with epoch 2'):
+    with pytest.raises(ValueError, match='is from epoch 3, but this fit ends with epoch 2'):
         learner(ours, own_generator, SGD, 2, [CheckpointCB(tmp_path/'run', resume=True)]).fit(2, progress=False)
 
 
@@ -235,7 +235,7 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path):
     from miniai.checkpoints import _lock
     read, write = os.pipe()
     with _lock(tmp_path) as lock:
-        child = os.fork()   # as a loader's worker is made, which may outlive a process that was killed
+        child = os.fork()   # like a loader's worker, which may outlive a killed process
         if not child:
             os.write(write, b'closed' if lock.closed else b'open')
             os._exit(0)
@@ -283,7 +283,7 @@ def test_ctrl_c_in_a_process(tmp_path):
     p = subprocess.Popen([sys.executable, '-c', SCRIPT], cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     p.stdout.readline()
     second = subprocess.run([sys.executable, '-c', SCRIPT], cwd=tmp_path, env=ENV, capture_output=True, text=True)
-    assert f'BlockingIOError: CheckpointCB: run is in use by another run, in process {p.pid}' in second.stderr
+    assert f'BlockingIOError: CheckpointCB: run is in use by another run, process {p.pid}' in second.stderr
     for _ in range(2):
         p.send_signal(signal.SIGINT)
         time.sleep(.01)
@@ -306,9 +306,9 @@ print([m for m in ('matplotlib', 'safetensors') if m in sys.modules])
 
 @pytest.mark.skipif(not (ROOT/'scripts'/'kill_runs.py').exists(), reason='an installed package has no scripts')
 def test_killed_runs_end_identically():
-    "The small version of scripts/kill_runs.py: 5 random moments for each engine"
-    words = [sys.executable, ROOT/'scripts'/'kill_runs.py', '--moments', '5']
-    done = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=300)
+    "The small version of scripts/kill_runs.py: 5 random moments with our modules and with torch.nn"
+    command = [sys.executable, ROOT/'scripts'/'kill_runs.py', '--moments', '5']
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
     summary = re.findall(r'^(ours|torch): 5 kills, (\d) of them .*; (\d) of 5 ended with identical weights$', done.stdout, re.M)
     assert [(engine, same) for engine, _, same in summary] == [('ours', '5'), ('torch', '5')], done.stdout + done.stderr
-    assert any(int(k) for _, k, _ in summary), done.stdout # with 30 moments the script itself asks for a quarter of them
+    assert any(int(k) for _, k, _ in summary), done.stdout # with 30 moments the script itself requires a quarter of them

@@ -1,4 +1,4 @@
-"""The commands `miniai_train` and `miniai_predict`, run as a user runs them: in processes of their own."""
+"""The commands `miniai_train` and `miniai_predict`, run as a user runs them: in separate processes."""
 import json
 import os
 import re
@@ -25,7 +25,7 @@ QUICK = '--sample', '--epochs', '2', '--hidden', '30'
 
 
 def command(name, *args):
-    "The command line that starts one of the two commands, as the installed script does"
+    "The command line that starts one of the two commands, like the installed script"
     return [sys.executable, '-c', f'import sys; from miniai.cli import {name}; sys.exit({name}())', *map(str, args)]
 
 
@@ -37,23 +37,23 @@ def train(*args, **kw): return run('miniai_train', *args, **kw)
 def predict(*args, **kw): return run('miniai_predict', *args, **kw)
 
 
-def one_line(done, status, *words):
-    "The command ended with this status and one line on stderr that has all the words"
+def one_line(done, status, *parts):
+    "The command ended with this status and one line on stderr that contains all the parts"
     assert done.returncode == status, done.stderr
     assert done.stderr.count('\n') == 1 and 'Traceback' not in done.stderr, done.stderr
-    for word in words: assert word in done.stderr
+    for part in parts: assert part in done.stderr
 
 
 @pytest.fixture(scope='module')
 def net(tmp_path_factory):
-    "A folder with a net trained on the sample"
+    "A folder with a network trained on the sample"
     folder = tmp_path_factory.mktemp('net')
     done = train('--sample', '--out', 'run', cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder/'run'
 
 
-def bytes_of(row): return (row.view(28, 28)*256).byte().numpy()
+def bytes_of(x): return (x.view(28, 28)*256).byte().numpy()
 
 
 def test_leaves_three_files_that_agree(net):
@@ -86,22 +86,22 @@ def test_same_arguments_same_bytes_and_two_engines(tmp_path):
     assert (a.parent/'report.png').read_bytes() == (b.parent/'report.png').read_bytes()
 
 
-@pytest.mark.parametrize('args, words', [
-    ('--epochs 0', "--epochs: '0'"), ('--epochs two', "--epochs: 'two'"), ('--epochs 1.5', "'1.5' is not a whole number"),
+@pytest.mark.parametrize('args, message', [
+    ('--epochs 0', "--epochs: '0'"), ('--epochs two', "--epochs: 'two'"), ('--epochs 1.5', "'1.5' is not an integer"),
     ('--bs 0', '--bs'), ('--bs -3', '--bs'),
     ('--lr 0', '--lr'), ('--lr=-0.1', '--lr'), ('--lr nan', '--lr'), ('--lr inf', '--lr'), ('--hidden 0', '--hidden'),
     ('--hidden 99999999', '--hidden'), ('--seed -1', '--seed'), ('--seed 99999999999999999999', '--seed'), ('--threads 0', '--threads'),
     ('--data cifar', "'cifar'"), ('--engine jax', "'jax'"), ('--epoch 3', '--epoch'), ('digits', 'digits'), ('--out', '--out'),
-    ('--data fashion_mnist --sample', 'no sample|sample of mnist only'),
-    ('--resume --overwrite', 'which one'), ('--out old', 'not empty'), ('--out old/file', 'is a file'),
+    ('--data fashion_mnist --sample', 'only a sample of mnist'),
+    ('--resume --overwrite', 'use one of them'), ('--out old', 'not empty'), ('--out old/file', 'is a file'),
     ('--out old/file --overwrite', 'is a file')])
-def test_wrong_arguments(tmp_path, args, words):
+def test_wrong_arguments(tmp_path, args, message):
     (tmp_path/'old').mkdir()
     (tmp_path/'old/file').write_text('mine')
     start = time.monotonic()
     done = train(*args.split(), cwd=tmp_path)
     one_line(done, 2)
-    assert re.search(words, done.stderr) and done.stdout == ''
+    assert re.search(message, done.stderr) and done.stdout == ''
     assert time.monotonic() - start < 20
     assert [str(f.relative_to(tmp_path)) for f in sorted(tmp_path.rglob('*'))] == ['old', 'old/file']
     assert (tmp_path/'old/file').read_text() == 'mine'
@@ -151,7 +151,7 @@ def test_divergence(tmp_path):
 
 
 def small_files():
-    "Files of at most 20 KB can be written: what a full disk looks like from inside"
+    "Allow only files of at most 20 KB, to simulate a full disk"
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
@@ -176,7 +176,7 @@ def test_read_only_folder(tmp_path):
 
 
 def start(folder, *args, **kw):
-    "A run that would take very long"
+    "A very long run"
     return subprocess.Popen(command('miniai_train', '--sample', '--epochs', 9999, *args), cwd=folder, env=ENV, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
 
@@ -190,15 +190,15 @@ def wait_for(path, process):
 
 @pytest.mark.parametrize('ignored', [False, True])
 def test_ctrl_c(tmp_path, ignored):
-    "Also when whoever started it had told it to ignore the signal, as a shell does with jobs in the background"
+    "Also when the caller had set the signal to be ignored, as a shell does for background jobs"
     process = start(tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL))
     run = tmp_path/'runs/mnist-1'
     wait_for(run/'metrics.json', process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     done = len(json.loads((run/'metrics.json').read_text())['epochs'])
-    go_on = 'miniai_train --resume --out runs/mnist-1'
-    assert process.returncode == 130 and err == f'miniai_train: interrupted: epoch {done} is kept in runs/mnist-1; to go on: {go_on}\n'
+    resume = 'miniai_train --resume --out runs/mnist-1'
+    assert process.returncode == 130 and err == f'miniai_train: interrupted: epoch {done} is saved in runs/mnist-1; to continue: {resume}\n'
     assert sorted(f.name for f in run.iterdir()) == ['checkpoints', 'metrics.json', 'weights.safetensors']
     assert predict(run/'weights.safetensors', 'none.png', cwd=tmp_path).stderr.endswith('no such file\n')
 
@@ -210,10 +210,10 @@ def test_ctrl_c_early(tmp_path, delay):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.count('\n') == 1 and 'interrupted' in err, err
-    assert list(tmp_path.rglob('*')) in ([], [tmp_path/'runs']) or 'to go on: miniai_train --resume' in err
+    assert list(tmp_path.rglob('*')) in ([], [tmp_path/'runs']) or 'to continue: miniai_train --resume' in err
 
 
-def test_kill_leaves_whole_files(tmp_path):
+def test_kill_leaves_complete_files(tmp_path):
     for k in range(4):
         process = start(tmp_path, '--out', f'run{k}')
         wait_for(tmp_path/f'run{k}/metrics.json', process)
@@ -234,10 +234,10 @@ def without_seconds(folder):
 
 @pytest.mark.parametrize('engine', ['ours', 'torch'])
 def test_killed_and_resumed(tmp_path, engine):
-    "Killed twice and interrupted once, a run ends with the bytes of one that nobody disturbed"
+    "Killed twice and interrupted once, a run ends with the bytes of an uninterrupted one"
     args = '--sample', '--epochs', 30, '--hidden', 20, '--bs', 100, '--engine', engine
-    whole = train(*args, '--out', 'whole', cwd=tmp_path)
-    assert whole.returncode == 0
+    unbroken = train(*args, '--out', 'unbroken', cwd=tmp_path)
+    assert unbroken.returncode == 0
     run = tmp_path/'runs/mnist-1'
     lives = (args, signal.SIGKILL), (('--resume',), signal.SIGINT), (('--resume', '--seed', 42), signal.SIGKILL)
     for k, (first, sig) in enumerate(lives):
@@ -249,13 +249,13 @@ def test_killed_and_resumed(tmp_path, engine):
         process.send_signal(sig)
         out, err = process.communicate(timeout=60)
         assert process.returncode == (130 if sig == signal.SIGINT else -sig), err
-        if first != args: assert 'going on' not in err
+        if first != args: assert 'resuming' not in err
     assert (run/'checkpoints').exists()
-    one_line(train('--resume', '--lr', .3, cwd=tmp_path), 2, '--lr is 0.3', 'was begun with 0.5')
+    one_line(train('--resume', '--lr', .3, cwd=tmp_path), 2, '--lr is 0.3', 'was started with 0.5')
     done = train('--resume', cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.startswith('going on in runs/mnist-1; epochs done: '), done.stderr
-    for name in 'weights.safetensors', 'report.png': assert (run/name).read_bytes() == (tmp_path/'whole'/name).read_bytes()
-    assert without_seconds(run) == without_seconds(tmp_path/'whole')
+    assert done.returncode == 0 and done.stdout.startswith('resuming the run in runs/mnist-1; epochs done: '), done.stderr
+    for name in 'weights.safetensors', 'report.png': assert (run/name).read_bytes() == (tmp_path/'unbroken'/name).read_bytes()
+    assert without_seconds(run) == without_seconds(tmp_path/'unbroken')
     assert sorted(f.name for f in run.iterdir()) == ['metrics.json', 'report.png', 'weights.safetensors']
     done = train('--resume', '--out', run, cwd=tmp_path)
     assert done.returncode == 0 and 'is finished: test accuracy 0.' in done.stdout
@@ -263,7 +263,7 @@ def test_killed_and_resumed(tmp_path, engine):
 
 def test_nothing_to_resume(tmp_path):
     one_line(train('--resume', cwd=tmp_path), 1, 'no unfinished run in runs/')
-    one_line(train('--resume', '--out', 'none', cwd=tmp_path), 1, 'none holds no run')
+    one_line(train('--resume', '--out', 'none', cwd=tmp_path), 1, 'none contains no run')
     assert list(tmp_path.iterdir()) == []
 
 
@@ -283,19 +283,19 @@ def test_output_cut_off(tmp_path):
     assert 'Traceback' not in done.stderr and 'Exception' not in done.stderr, done.stderr
 
 
-def test_threads_are_told(tmp_path):
+def test_threads_are_printed(tmp_path):
     quick = '--sample', '--epochs', '1', '--hidden', '5', '--bs', '1000'
     assert 'threads 1 (chosen for 5 hidden units' in train(*quick, cwd=tmp_path).stdout
     done = train(*quick, '--threads', '2', cwd=tmp_path)
     assert 'threads 2\n' in done.stdout and json.loads((tmp_path/'runs/mnist-2/metrics.json').read_text())['arguments']['threads'] == 2
 
 
-def as_photo(row, rng, scale=10, noise=8):
+def as_photo(x, rng, scale=10, noise=8):
     "Black on white, larger, off centre, on paper that is brighter on one side"
     size = 28*scale + 40
     ink = np.zeros((size, size))
     top, left = rng.integers(0, 41, 2)
-    large = Image.fromarray(bytes_of(row)).resize((28*scale,)*2, Image.Resampling.BICUBIC)
+    large = Image.fromarray(bytes_of(x)).resize((28*scale,)*2, Image.Resampling.BICUBIC)
     ink[top:top + 28*scale, left:left + 28*scale] = np.asarray(large)/255
     y, x = np.mgrid[-1:1:size*1j, -1:1:size*1j]
     paper = 185 + rng.uniform(-25, 25)*x + rng.uniform(-25, 25)*y - 12*(x*x + y*y)
@@ -310,7 +310,7 @@ def test_predicts_digits(tmp_path, net, kind):
             'large': lambda r: Image.fromarray(255 - bytes_of(r)).resize((280, 280)).convert('RGB'),
             'noisy': lambda r: as_photo(r, rng, noise=25)}.get(kind, lambda r: as_photo(r, rng))
     names = [f'{k}.{"jpg" if "jpg" in kind else "png"}' for k in range(40)]
-    for row, name in zip(x, names): make(row).save(tmp_path/name)
+    for image, name in zip(x, names): make(image).save(tmp_path/name)
     done = predict(net/'weights.safetensors', *names, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [re.fullmatch(r'(\d+\.\w+): (\d) \(([01]\.\d\d)\)', line) for line in done.stdout.splitlines()]
@@ -318,9 +318,9 @@ def test_predicts_digits(tmp_path, net, kind):
     assert np.mean([int(m[2]) == label for m, label in zip(lines, y.tolist())]) >= .9
 
 
-def test_bad_pictures_are_named_and_passed_over(tmp_path, net):
+def test_bad_pictures_are_named_and_skipped(tmp_path, net):
     Image.fromarray(bytes_of(mnist(sample=True).test.x[0])).save(tmp_path/'good one.png')
-    (tmp_path/'text.png').write_text('no picture')
+    (tmp_path/'text.png').write_text('not a picture')
     (tmp_path/'empty.png').touch()
     (tmp_path/'cut.png').write_bytes((tmp_path/'good one.png').read_bytes()[:150])
     Image.new('L', (300, 300), 200).save(tmp_path/'blank.jpg')
@@ -342,7 +342,7 @@ def test_strange_weights(tmp_path, net):
     (tmp_path/'cut').write_bytes((net/'weights.safetensors').read_bytes()[:-9])
     (tmp_path/'none').touch()
     one_line(predict('other', 'd.png', cwd=tmp_path), 1, '0.weight is absent')
-    one_line(predict('shape', 'd.png', cwd=tmp_path), 1, '2.weight is F32 (7, 200), needs F32 (10, 200)')
+    one_line(predict('shape', 'd.png', cwd=tmp_path), 1, '2.weight is F32 (7, 200), must be F32 (10, 200)')
     for name in 'pickle', 'cut', 'none': one_line(predict(name, 'd.png', cwd=tmp_path), 1, name, 'not a safetensors file')
     one_line(predict('absent', 'd.png', cwd=tmp_path), 1, 'absent: no such file')
     one_line(predict('.', 'd.png', cwd=tmp_path), 1, 'no such file')

@@ -242,5 +242,5 @@ def test_autograd_rejects_a_func_that_changes_its_argument(t):
     (ValueError, '2 gradients for 1 arguments', cube, [x], [3*x**2, None]),
     (ValueError, '1 gradients for 2 arguments', lambda x, y: x.sum(), [x, x], [torch.ones_like(x)]),
     (ValueError, 'nothing to check', cube, [x], [None]),
-    (ValueError, 'argument 1 is no float64 tensor: pass None', lambda x, k: x[k].sum(), [x, tensor(0)], [None, tensor(0.)])])
+    (ValueError, 'argument 1 is not a float64 tensor: pass None', lambda x, k: x[k].sum(), [x, tensor(0)], [None, tensor(0.)])])
 def test_rejects_wrong_arguments(error, text, func, args, grads): says(error, text, check_grads, func, args, grads)

@@ -1,4 +1,4 @@
-"What the learner promises beyond chapter 05: other loaders, other batches, odd moments"
+"The learner beyond chapter 05: other loaders, other batches, errors at every event"
 import copy
 import random
 
@@ -20,7 +20,7 @@ rows = torch_data.TensorDataset(x, y)
 
 
 class Noisy(torch_data.Dataset):
-    "Rows that draw from three global generators whenever they are read"
+    "Examples that draw from three global generators whenever they are read"
     def __len__(self): return len(x)
     def __getitem__(self, i): return x[i] + .01*torch.randn(6) + .01*random.random() + np.float32(.01*np.random.rand()), y[i]
 
@@ -32,7 +32,7 @@ LOADERS = {
     'torch, global seed': lambda: torch_data.DataLoader(rows, 16, shuffle=True),
     'torch, workers': lambda: torch_data.DataLoader(rows, 16, shuffle=True, generator=gen(3), num_workers=2),
     'torch, our sampler': lambda: torch_data.DataLoader(rows, sampler=BatchSampler(rows, 16, True, generator=gen(3)), batch_size=None),
-    'rows that draw': lambda: torch_data.DataLoader(Noisy(), 16, shuffle=True),
+    'examples that draw': lambda: torch_data.DataLoader(Noisy(), 16, shuffle=True),
     'a list': lambda: [rows[i:i + 16] for i in range(0, 200, 16)],
 }
 
@@ -56,12 +56,12 @@ class CopyAt(Callback):
 
 @pytest.mark.parametrize('engine', ['ours', 'torch'])
 @pytest.mark.parametrize('name', LOADERS)
-def test_a_run_goes_on_in_mid_epoch_whatever_the_loader(name, engine):
+def test_a_run_resumes_in_mid_epoch_with_any_loader(name, engine):
     torch.manual_seed(1)
     np.random.seed(1)
     random.seed(1)
-    whole = learner(LOADERS[name](), engine, [keep := CopyAt(18)])          # 13 batches an epoch
-    whole.fit(3, progress=False)
+    unbroken = learner(LOADERS[name](), engine, [keep := CopyAt(18)])          # 13 batches an epoch
+    unbroken.fit(3, progress=False)
     position, weights, moments = keep.state
     torch.manual_seed(99)
     late = learner(LOADERS[name](), engine)
@@ -69,8 +69,8 @@ def test_a_run_goes_on_in_mid_epoch_whatever_the_loader(name, engine):
     late.create_opt().load_state_dict(moments)
     late.load_state_dict(position)
     late.fit(3, progress=False)
-    assert_close(list(late.model.parameters()), list(whole.model.parameters()), rtol=0, atol=0)
-    assert [r['train_loss'] for r in late.records] == [r['train_loss'] for r in whole.records]
+    assert_close(list(late.model.parameters()), list(unbroken.model.parameters()), rtol=0, atol=0)
+    assert [r['train_loss'] for r in late.records] == [r['train_loss'] for r in unbroken.records]
 
 
 @pytest.mark.parametrize('name', LOADERS)
@@ -117,7 +117,7 @@ def test_batches_of_another_form():
     assert records[-1]['train_loss'] < records[0]['train_loss'] and learn.evaluate(batches)['loss'] > 0
 
 
-def test_a_short_last_batch_counts_by_its_rows():
+def test_a_short_last_batch_is_weighted_by_its_size():
     sizes = []
     class Sizes(Callback):
         def after_batch(self, learn): sizes.append((learn.rows(), learn.loss.item()))

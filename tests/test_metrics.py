@@ -1,4 +1,4 @@
-"Metrics against torchmetrics and NumPy: types, ties, absent classes, every cut into batches, states; and no update waits for the device."
+"Metrics against torchmetrics and NumPy: dtypes, ties, absent classes, every batch size, states; and no update waits for the device."
 import copy
 import io
 import pickle
@@ -18,32 +18,32 @@ SCORES = Accuracy, Precision, Recall, F1
 
 
 def over(metric, *tensors, size=64):
-    "The metric over these rows in batches of `size`, afresh"
+    "The metric over these examples in batches of `size`, reset first"
     metric.reset()
     for batch in zip(*(t.split(size) for t in tensors)): metric.update(*batch)
     return metric.compute()
 
 
-def rows(n=203, c=7, seed=0, absent=(), unanswered=(), ties=False, dtype=torch.float32):
-    "Scores and labels, about half of them right; some classes never a label, some never an answer"
+def rows(n=203, c=7, seed=0, absent=(), unpredicted=(), ties=False, dtype=torch.float32):
+    "Logits and labels, about half of them right; some classes never a label, some never predicted"
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(c, (n,), generator=g)
     for k in absent: labels[labels == k] = (k + 1) % c
     scores = torch.randn(n, c, generator=g) + F.one_hot(labels, c)
     if ties: scores = scores.round()
-    for k in unanswered: scores[:, k] = -100
+    for k in unpredicted: scores[:, k] = -100
     return scores.to(dtype), labels
 
 
 def twin(ours, c):
     "The same metric of torchmetrics"
-    words = dict(num_classes=c, validate_args=False)
+    kwargs = dict(num_classes=c, validate_args=False)
     kind = type(ours)
-    if kind is ConfusionMatrix: return tm.MulticlassConfusionMatrix(**words)
-    if kind is TopK: return tm.MulticlassAccuracy(average='micro', top_k=ours.k, **words)
-    if kind is FBeta: return tm.MulticlassFBetaScore(beta=(1/ours.share - 1)**.5, average=ours.average, **words)
+    if kind is ConfusionMatrix: return tm.MulticlassConfusionMatrix(**kwargs)
+    if kind is TopK: return tm.MulticlassAccuracy(average='micro', top_k=ours.k, **kwargs)
+    if kind is FBeta: return tm.MulticlassFBetaScore(beta=(1/ours.share - 1)**.5, average=ours.average, **kwargs)
     return {Accuracy: tm.MulticlassAccuracy, Precision: tm.MulticlassPrecision, Recall: tm.MulticlassRecall,
-            F1: tm.MulticlassF1Score}[kind](average=ours.average, **words)
+            F1: tm.MulticlassF1Score}[kind](average=ours.average, **kwargs)
 
 
 def family(c):
@@ -62,9 +62,9 @@ def agree(scores, labels, size=64):
         assert got.dtype == (torch.int64 if type(ours) is ConfusionMatrix else torch.float64), where
 
 
-@pytest.mark.parametrize('kind', [dict(), dict(c=2), dict(c=3, n=1), dict(c=40), dict(n=2), dict(absent=(0, 6)), dict(unanswered=(0, 3)),
-                                  dict(absent=(2, 3), unanswered=(3, 4)), dict(absent=range(6)), dict(unanswered=range(1, 7)),
-                                  dict(ties=True), dict(c=40, ties=True), dict(ties=True, absent=(1,), unanswered=(1, 2))], ids=str)
+@pytest.mark.parametrize('kind', [dict(), dict(c=2), dict(c=3, n=1), dict(c=40), dict(n=2), dict(absent=(0, 6)), dict(unpredicted=(0, 3)),
+                                  dict(absent=(2, 3), unpredicted=(3, 4)), dict(absent=range(6)), dict(unpredicted=range(1, 7)),
+                                  dict(ties=True), dict(c=40, ties=True), dict(ties=True, absent=(1,), unpredicted=(1, 2))], ids=str)
 @pytest.mark.parametrize('size', [64, 29, 1000])
 def test_torchmetrics(kind, size): agree(*rows(**kind), size=size)
 
@@ -100,11 +100,11 @@ def test_extreme_labels(dtype, value):
     labels = labels.to(dtype)
     labels[-1] = torch.tensor(value, dtype=dtype)
     for ours in family(7):
-        with pytest.raises(ValueError, match='1 of 203 labels are not in 0 to 6'): over(ours, scores, labels)
+        with pytest.raises(ValueError, match='1 of 203 labels are out of range, must be 0 to 6'): over(ours, scores, labels)
 
 
-def test_any_cut():
-    "One batch, batches of every size, an empty batch between them: the same bits"
+def test_any_batch_size():
+    "One batch, batches of every size, an empty batch between them: equal bit for bit"
     scores, labels = rows(31)
     for ours in family(7):
         want = over(ours, scores, labels, size=31)
@@ -113,7 +113,7 @@ def test_any_cut():
         assert torch.equal(ours.compute(), want)
 
 
-def test_rows_in_any_order_and_any_shift():
+def test_examples_in_any_order_and_at_any_scale():
     scores, labels = rows()
     order = torch.randperm(203, generator=torch.Generator().manual_seed(1))
     for ours in family(7):
@@ -125,7 +125,7 @@ def test_rows_in_any_order_and_any_shift():
 
 
 def test_micro_is_accuracy():
-    scores, labels = rows(absent=(0,), unanswered=(3,))
+    scores, labels = rows(absent=(0,), unpredicted=(3,))
     share = (scores.numpy().argmax(1) == labels.numpy()).mean()
     for kind in SCORES: assert over(kind('micro'), scores, labels).item() == pytest.approx(share, abs=1e-15)
     assert over(Recall('weighted'), scores, labels).item() == pytest.approx(share, abs=1e-15)
@@ -176,17 +176,17 @@ def test_mean_of_targets_that_are_no_tensor():
 
 
 def test_many_small_values():
-    "A thousand values after a thousand million rows: float64 loses nothing that shows"
+    "A thousand values after a thousand million examples: float64 loses nothing visible"
     metric = Mean()
     metric.update(.1, 10**9)
     for _ in range(1000): metric.update(.1)
     assert metric.compute().item() == pytest.approx(.1, rel=1e-15)
 
 
-# ---- refusals, counted
+# ---- bad examples, counted
 
 @pytest.mark.parametrize('seed', range(4))
-def test_every_bad_row_is_counted(seed):
+def test_every_bad_example_is_counted(seed):
     g = torch.Generator().manual_seed(seed)
     scores, labels = rows(97, 5, seed)
     bad = torch.rand(97, generator=g) < .2
@@ -195,9 +195,10 @@ def test_every_bad_row_is_counted(seed):
     spoiled = scores.masked_fill(nan, torch.nan)
     for ours in family(5):
         with pytest.raises(ValueError, match=f'{ours.name}: {bad.sum()} of 97 lab'): over(ours, scores, labels.where(~bad, wild), size=10)
-        with pytest.raises(ValueError, match=f'{ours.name}: {nan.any(1).sum()} of 97 rows have NaN'): over(ours, spoiled, labels, size=10)
+        with pytest.raises(ValueError, match=f'{ours.name}: {nan.any(1).sum()} of 97 examples have NaN'):
+            over(ours, spoiled, labels, size=10)
         with pytest.raises(ValueError, match=f'{bad.sum()} of 97 labels'): over(ours, spoiled, labels.where(~bad, wild), size=10)
-        over(ours, scores, labels)                               # and is forgotten by reset
+        over(ours, scores, labels)                               # reset clears the count
 
 
 def test_infinite_scores_are_scores():
@@ -205,10 +206,10 @@ def test_infinite_scores_are_scores():
     agree(scores, torch.tensor([0, 1, 0]))
 
 
-def test_mean_counts_rows_that_are_not_finite():
+def test_mean_counts_examples_that_are_not_finite():
     p, t = torch.zeros(50), torch.zeros(50)
     p[7], p[49], p[31] = torch.nan, torch.inf, -torch.inf
-    with pytest.raises(ValueError, match='mse: 18 of 50 rows are in batches whose value is nan or inf'): # 8 + 8 + a last batch of 2
+    with pytest.raises(ValueError, match='mse: 18 of 50 examples are in batches whose value is nan or inf'): # 8 + 8 + a last batch of 2
         over(Mean(F.mse_loss, 'mse'), p, t, size=8)
 
 
@@ -216,40 +217,40 @@ def test_mean_counts_rows_that_are_not_finite():
                                          ((3,), ())])
 def test_shapes(preds, targs):
     for ours in family(3):
-        with pytest.raises(ValueError, match=f'{ours.name}: scores .* and labels .*, needs'):
+        with pytest.raises(ValueError, match=f'{ours.name}: preds has shape .* and targs .*; must be'):
             ours.update(torch.zeros(preds), torch.zeros(targs, dtype=torch.int64))
         assert ours.sums is None
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_float_labels(dtype):
-    with pytest.raises(ValueError, match='needs integers'): Accuracy().update(torch.zeros(4, 3), torch.zeros(4, dtype=dtype))
+    with pytest.raises(ValueError, match='must be integers'): Accuracy().update(torch.zeros(4, 3), torch.zeros(4, dtype=dtype))
 
 
 def test_another_number_of_classes():
     metric = F1()
     over(metric, *rows(c=7))
-    with pytest.raises(ValueError, match='f1: scores of 5 classes, needs 7'): metric.update(*rows(c=5))
+    with pytest.raises(ValueError, match='f1: preds has 5 classes, must have 7'): metric.update(*rows(c=5))
     assert metric.sums.sum() == 203
-    with pytest.raises(ValueError, match='scores of 5 classes, needs 4'): ConfusionMatrix(4).update(*rows(c=5))
+    with pytest.raises(ValueError, match='preds has 5 classes, must have 4'): ConfusionMatrix(4).update(*rows(c=5))
 
 
 def test_mean_shapes():
     for p, t in ((8, 1), (8,)), ((8,), (8, 1)), ((2, 3), (3, 2)):
-        with pytest.raises(ValueError, match='needs equal shapes'): Mean(F.mse_loss).update(torch.zeros(p), torch.zeros(t))
+        with pytest.raises(ValueError, match='must be equal'): Mean(F.mse_loss).update(torch.zeros(p), torch.zeros(t))
     Mean(F.cross_entropy).update(torch.zeros(8, 3), torch.zeros(8, dtype=torch.int64))
 
 
 def test_names():
     for name in 'top 5', '', '5', 'a-b', '<lambda>':
-        with pytest.raises(ValueError, match="can't name a column"): Metric(name)
+        with pytest.raises(ValueError, match='is not a valid name'): Metric(name)
     assert [Accuracy(name='a').name, Precision(name='p').name, Recall(name='r').name, F1(name='f').name, TopK(3, 't').name] == list('aprft')
 
 
 # ---- no wait for the device
 
 class NoSync(TorchDispatchMode):
-    "Raises at whatever brings a number to Python or has a shape that depends on numbers; counts the other calls"
+    "Raises at any call that brings a number to Python or whose shape depends on numbers; counts the other calls"
     WAITS = {'_local_scalar_dense', 'is_nonzero', 'equal', 'item', 'nonzero', 'masked_select', 'unique_dim', '_unique2', 'bincount'}
     calls = 0
 
@@ -334,7 +335,7 @@ def test_foreign_states():
     for metric, sums in (Mean(), torch.zeros(4, 4)), (F1(), torch.zeros(3)):
         metric.update(*((1.,) if type(metric) is Mean else rows()))
         kept = metric.state_dict()['sums']
-        with pytest.raises(ValueError, match='whose state is it'): metric.load_state_dict({'sums': sums})
+        with pytest.raises(ValueError, match='is it the state of another metric'): metric.load_state_dict({'sums': sums})
         with pytest.raises(KeyError): metric.load_state_dict({'tp': sums})
         assert torch.equal(metric.sums, kept)
 
@@ -343,7 +344,7 @@ def test_foreign_states():
 def test_nothing_counted(make):
     metric = make()
     for _ in range(2):
-        with pytest.raises(ValueError, match=f'{metric.name}: no rows were counted; call update'): metric.compute()
+        with pytest.raises(ValueError, match=f'{metric.name}: no examples were counted; call update'): metric.compute()
         assert metric.state_dict() == {}
         metric.update(*((1.,) if make is Mean else rows()))
         metric.compute()

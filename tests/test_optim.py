@@ -1,4 +1,4 @@
-"Optimisers and schedules: every combination of words against PyTorch's over 200 steps in float64, and states that travel in the middle."
+"Optimisers and schedules: every combination of options against PyTorch's over 200 steps in float64, and states exchanged in the middle."
 import copy
 import itertools
 import math
@@ -29,11 +29,11 @@ def grid(**choices):
     return [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
 
 
-def make(kind, params, **words): return kind([{'params': params[:3]}, {'params': params[3:], 'lr': .003}], **{'lr': .01, **words})
+def make(kind, params, **options): return kind([{'params': params[:3]}, {'params': params[3:], 'lr': .003}], **{'lr': .01, **options})
 
 
 def drive(params, opt, steps):
-    "Gradients by hand; some parameters go without now and then, one starts late, one is frozen halfway"
+    "Gradients by hand; some are missing at some steps, one starts late, one parameter is frozen halfway"
     for t in steps:
         for i, p in enumerate(params):
             skipped = i == 1 and t % 3 == 0 or i == 2 and t < 5 or i == 3 and t >= 100
@@ -41,9 +41,9 @@ def drive(params, opt, steps):
         opt.step()
 
 
-def race(kind, steps=STEPS, **words):
+def race(kind, steps=STEPS, **options):
     params = [s.clone().requires_grad_() for s in starts]
-    opt = make(kind, params, **words)
+    opt = make(kind, params, **options)
     drive(params, opt, range(steps))
     return params, opt
 
@@ -69,9 +69,9 @@ combinations = [
 def named(item): return item.__name__ if isinstance(item, type) else '-'.join(f'{k}={v}' for k, v in item.items())
 
 
-@pytest.mark.parametrize('ours, theirs, words', combinations, ids=named)
-def test_same_trajectory_and_state(ours, theirs, words):
-    (params, opt), (expected, twin) = race(ours, **words), race(theirs, **words)
+@pytest.mark.parametrize('ours, theirs, options', combinations, ids=named)
+def test_same_trajectory_and_state(ours, theirs, options):
+    (params, opt), (expected, twin) = race(ours, **options), race(theirs, **options)
     assert all(p.isfinite().all() for p in expected)
     assert_close(params, expected, rtol=1e-9, atol=1e-12)
     assert_same_state(opt, twin)
@@ -85,11 +85,11 @@ on = [(Momentum, torch.optim.SGD, dict(momentum=.9, dampening=.3, weight_decay=.
 
 
 @pytest.mark.parametrize('way', ['ours to theirs', 'theirs to ours', 'ours to ours'])
-@pytest.mark.parametrize('ours, theirs, words', on, ids=named)
-def test_state_travels_in_the_middle(ours, theirs, words, way):
-    expected, last = race(theirs, **words)
+@pytest.mark.parametrize('ours, theirs, options', on, ids=named)
+def test_states_can_be_exchanged_in_the_middle(ours, theirs, options, way):
+    expected, last = race(theirs, **options)
     first, then = {'ours to theirs': (ours, theirs), 'theirs to ours': (theirs, ours), 'ours to ours': (ours, ours)}[way]
-    params, opt = race(first, 90, **words)
+    params, opt = race(first, 90, **options)
     heirs = [p.detach().clone().requires_grad_() for p in params]
     heir = make(then, heirs)
     state = opt.state_dict()
@@ -99,15 +99,15 @@ def test_state_travels_in_the_middle(ours, theirs, words, way):
     assert_same_state(heir, last)
 
 
-@pytest.mark.parametrize('ours, theirs, words', on, ids=named)
-def test_fresh_state_has_all_keys(ours, theirs, words):
+@pytest.mark.parametrize('ours, theirs, options', on, ids=named)
+def test_fresh_state_has_all_keys(ours, theirs, options):
     params = [leaf(2), leaf(3)]
-    assert ours(params, **words).state_dict() == theirs(params, **words).state_dict()
+    assert ours(params, **options).state_dict() == theirs(params, **options).state_dict()
 
 
-@pytest.mark.parametrize('ours, theirs, words', on, ids=named)
-def test_deepcopy_and_pickle_go_on_alike(ours, theirs, words):
-    params, opt = race(ours, 30, **words)
+@pytest.mark.parametrize('ours, theirs, options', on, ids=named)
+def test_deepcopy_and_pickle_continue_alike(ours, theirs, options):
+    params, opt = race(ours, 30, **options)
     for copied in copy.deepcopy((params, opt)), pickle.loads(pickle.dumps((params, opt))):
         new, new_opt = copied
         mine, my_opt = copy.deepcopy((params, opt))
@@ -116,17 +116,17 @@ def test_deepcopy_and_pickle_go_on_alike(ours, theirs, words):
         assert_close(new, mine, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('ours, theirs, words', on, ids=named)
+@pytest.mark.parametrize('ours, theirs, options', on, ids=named)
 @pytest.mark.parametrize('engine', ['ours', 'torch'])
-def test_trains_both_engines_like_its_twin(ours, theirs, words, engine):
-    words = {**words, 'maximize': False, 'lr': .01}
+def test_trains_both_engines_like_its_twin(ours, theirs, options, engine):
+    options = {**options, 'maximize': False, 'lr': .01}
     x, y = torch.randn(20, 6, generator=torch.Generator().manual_seed(1)).double(), torch.arange(20) % 3
     ends = []
     for kind in ours, theirs:
         torch.manual_seed(0)
         if engine == 'ours': net = Sequential(Linear(6, 5), ReLU(), Linear(5, 3)).to(torch.float64)
         else: net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).to(torch.float64)
-        opt = kind(net.parameters(), **words)
+        opt = kind(net.parameters(), **options)
         for _ in range(20):
             CrossEntropyLoss()(net(x), y).backward()
             opt.step()
@@ -135,10 +135,10 @@ def test_trains_both_engines_like_its_twin(ours, theirs, words, engine):
     assert_close(*ends, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize('ours, theirs, words', on, ids=named)
-def test_gradients_and_kept_gradients_stay(ours, theirs, words):
+@pytest.mark.parametrize('ours, theirs, options', on, ids=named)
+def test_gradients_and_kept_gradients_stay(ours, theirs, options):
     p = torch.ones(3, requires_grad=True)
-    opt = ours([p], **words)
+    opt = ours([p], **options)
     p.grad = kept = torch.tensor([1., -2., 3.])
     for _ in range(3): opt.step()
     assert p.grad is kept
@@ -147,15 +147,15 @@ def test_gradients_and_kept_gradients_stay(ours, theirs, words):
     assert not any((v == 7).any() for s in opt.state.values() for v in s.values() if v.ndim)
 
 
-@pytest.mark.parametrize('ours, theirs, words', on, ids=named)
-def test_mixed_types_and_odd_layouts_in_one_group(ours, theirs, words):
+@pytest.mark.parametrize('ours, theirs, options', on, ids=named)
+def test_mixed_types_and_odd_layouts_in_one_group(ours, theirs, options):
     def some():
         params = [torch.ones(4, 3, dtype=d, requires_grad=True) for d in (torch.float32, torch.float64, torch.bfloat16)]
         return [*params, torch.ones(3, 4).t().requires_grad_(), torch.ones(0, 2, requires_grad=True)]
     mixed, alone = some(), some()
-    opt, twins = ours(mixed, **words), [theirs([p], **words) for p in alone]
+    opt, twins = ours(mixed, **options), [theirs([p], **options) for p in alone]
     for t in range(6):
-        for p in mixed + alone: p.grad = torch.full((1,), .3 - t, dtype=p.dtype).expand(p.shape) # a gradient such as `p.sum()` has
+        for p in mixed + alone: p.grad = torch.full((1,), .3 - t, dtype=p.dtype).expand(p.shape) # like the gradient of `p.sum()`
         for o in opt, *twins: o.step()
     assert_close(mixed, alone)
     assert all(s['exp_avg'].stride() == p.stride() for p, s in opt.state.items() if 'exp_avg' in s)
@@ -170,13 +170,13 @@ def test_meta_device_beside_cpu():
 
 
 @pytest.mark.parametrize('kind', [Momentum, RMSprop, Adam, AdamW])
-def test_refuses_in_words(kind):
+def test_errors_name_the_option(kind):
     p = leaf(2)
-    for words, text in [(dict(lr=torch.tensor(.1)), 'lr is tensor'), (dict(lr=-1), 'lr is -1'),
+    for options, text in [(dict(lr=torch.tensor(.1)), 'lr is tensor'), (dict(lr=-1), 'lr is -1'),
                         (dict(weight_decay=-.1), 'weight_decay is -0.1'), (dict(differentiable=True), 'differentiable is True')]:
-        with pytest.raises(ValueError, match=f'{kind.__name__}.*{text}'): kind([p], **words)
+        with pytest.raises(ValueError, match=f'{kind.__name__}.*{text}'): kind([p], **options)
     with pytest.raises(TypeError, match='unexpected keyword'): kind([p], learning_rate=1)
-    with pytest.raises(ValueError, match='does not know'): kind([{'params': p, 'learning_rate': 1}])
+    with pytest.raises(ValueError, match='unknown options'): kind([{'params': p, 'learning_rate': 1}])
     with pytest.raises(TypeError, match='complex'): kind([leaf(2, dtype=torch.complex64)])
     if kind is not RMSprop:
         with pytest.raises(ValueError, match='fused is True'): kind([p], fused=True)
@@ -193,13 +193,13 @@ def test_parameters_may_be_a_generator_and_a_group_one_tensor():
 # ---- schedules
 
 
-def two_groups(kind, **words): return kind([{'params': [leaf(1)]}, {'params': [leaf(2)], 'lr': .02}], lr=.3, **words)
+def two_groups(kind, **options): return kind([{'params': [leaf(1)]}, {'params': [leaf(2)], 'lr': .02}], lr=.3, **options)
 
 
 def warm_cosine(m, o): return m['SequentialLR'](o, [m['LinearLR'](o, .1, total_iters=7), m['CosineAnnealingLR'](o, 40)], [7])
 
 
-schedules = {f'{name} {words}': (lambda m, o, name=name, words=words: m[name](o, **words)) for name, words in [
+schedules = {f'{name} {options}': (lambda m, o, name=name, options=options: m[name](o, **options)) for name, options in [
     *(('StepLR', w) for w in grid(step_size=(1, 7, 60), gamma=(.1, .9))),
     *(('ExponentialLR', w) for w in grid(gamma=(.5, .99))),
     *(('LinearLR', w) for w in grid(start_factor=(.1, 1.), end_factor=(0., .5, 1.), total_iters=(1, 12))),
@@ -231,11 +231,11 @@ def test_schedule_and_its_state(name, pair):
     for sched in ours, *heirs: assert_close(run(sched, 24), expected, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize('words', grid(mode=('min', 'max'), threshold_mode=('rel', 'abs'), threshold=(1e-4, .1), patience=(0, 2),
+@pytest.mark.parametrize('options', grid(mode=('min', 'max'), threshold_mode=('rel', 'abs'), threshold=(1e-4, .1), patience=(0, 2),
                                        cooldown=(0, 2), min_lr=(0, [.05, .001])), ids=named)
-def test_plateau(words):
+def test_plateau(options):
     g = torch.Generator().manual_seed(1)
-    ours, theirs = (k(two_groups(o), factor=.5, **words) for k, o in ((optim.ReduceLROnPlateau, Momentum),
+    ours, theirs = (k(two_groups(o), factor=.5, **options) for k, o in ((optim.ReduceLROnPlateau, Momentum),
                                                                       (lr_scheduler.ReduceLROnPlateau, torch.optim.SGD)))
     for i in range(60):
         value = torch.randn((), generator=g).item() if i != 20 else math.nan

@@ -129,7 +129,7 @@ def test_other_functions(f, args, name, protocol):
     (b'Pid\n.', '.'),                                                                    # a persistent id
     (b'c_codecs\nencode\n(Va\nVrot13\ntR.', 'rot13'),                                    # an encoding that is none of text
     (b'c_codecs\nencode\n(Va\nVutf8\ntR.', 'utf8'),                                     # NumPy writes latin1 alone
-    (b'cnumpy\ndtype\n}Vx\nK\1sb.', '.'),                                                # set attributes on the class that stands in for dtypes
+    (b'cnumpy\ndtype\n}Vx\nK\1sb.', '.'),                                                # set attributes on the stand-in for dtypes
     (b'cnumpy.core.multiarray\n_reconstruct\n(N}Vx\nK\1stb.', '.'),                      # or on a function
     (b'cnumpy\ndtype\n(Vf4\ntR(K\3V<\nN(Va\nt}tb.', '.'),                                # fields slipped in through a dtype's state
     (b'cnumpy\ndtype\n(Vf4\ntR(I3\nV<\nN(Va\ntNtb.', 'rejected a dtype with fields'),    # only the names of the fields
@@ -208,9 +208,11 @@ def test_pickle_of_another_form(tmp_path, change):
 
 @pytest.mark.parametrize('k', range(3))
 @pytest.mark.parametrize('change,why', [
-    (lambda x, y: (x[:, 1:], y), r'\(\d+, 783\)'), (lambda x, y: (x[0], y[:1]), r'\(784,\)'), (lambda x, y: (x.astype('i4'), y), 'x is int32'),
+    (lambda x, y: (x[:, 1:], y), r'\(\d+, 783\)'), (lambda x, y: (x[0], y[:1]), r'\(784,\)'),
+    (lambda x, y: (x.astype('i4'), y), 'x is int32'),
     (lambda x, y: (x, y[1:]), r'y is int64 \(\d+,\)'), (lambda x, y: (x, y[:, None]), r'\(\d+, 1\)'),
-    (lambda x, y: (x, y.astype('f4')), 'y is float32'), (lambda x, y: (x[:0], y[:0]), 'empty'), (lambda x, y: (x*256, y), 'outside 0 to 1'), (lambda x, y: (x*0 + 1.01, y), 'outside 0 to 1'),
+    (lambda x, y: (x, y.astype('f4')), 'y is float32'), (lambda x, y: (x[:0], y[:0]), 'empty'),
+    (lambda x, y: (x*256, y), 'outside 0 to 1'), (lambda x, y: (x*0 + 1.01, y), 'outside 0 to 1'),
     (lambda x, y: (x - .01, y), 'outside 0 to 1'), (lambda x, y: (x*np.nan, y), 'outside'), (lambda x, y: (x, y*0 + 10), 'to 10, expected'),
     (lambda x, y: (x, y - 10), 'from -'), (lambda x, y: 7, 'not of the form'), (lambda x, y: (None, None), 'not of the form'),
     (lambda x, y: (x, y, y), 'not of the form'), (lambda x, y: (x[None], y), r'\(1, \d+, 784\)')])

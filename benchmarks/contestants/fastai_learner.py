@@ -17,9 +17,9 @@ def setup(job, by_batch=False):
     x, y, vx, vy = job.tensors()
 
     class BatchLoader(DataLoader):
-        "Takes a batch of rows at once"
-        def create_batches(self, rows):
-            for i in self.chunkify(rows): yield self.dataset.tensors[0][i], self.dataset.tensors[1][i]
+        "Takes a batch of examples at once"
+        def create_batches(self, samples):
+            for i in self.chunkify(samples): yield self.dataset.tensors[0][i], self.dataset.tensors[1][i]
 
     kind = BatchLoader if by_batch else DataLoader
     train_dl = kind(TensorDataset(x, y), bs=job.bs, shuffle=True, num_workers=0)

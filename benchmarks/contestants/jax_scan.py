@@ -15,12 +15,12 @@ def setup(job):
     x, y, vx, vy = (jnp.asarray(a) for a in (job.x, job.y.astype(np.int32), job.vx, job.vy.astype(np.int32)))
     n, bs = len(x), job.bs
 
-    def scores(params, xb):
+    def logits(params, xb):
         w1, b1, w2, b2 = params
         return jax.nn.relu(xb @ w1.T + b1) @ w2.T + b2
 
     def loss_func(params, xb, yb):
-        return -jnp.take_along_axis(jax.nn.log_softmax(scores(params, xb)), yb[:, None], 1).mean()
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits(params, xb)), yb[:, None], 1).mean()
 
     def step(params, idx, x, y):
         loss, grads = jax.value_and_grad(loss_func)(params, x[idx], y[idx])
@@ -35,7 +35,7 @@ def setup(job):
 
     @jax.jit
     def evaluate(params, x, y):
-        return loss_func(params, x, y), (scores(params, x).argmax(1) == y).mean()
+        return loss_func(params, x, y), (logits(params, x).argmax(1) == y).mean()
 
     def go():
         params, key = [jnp.asarray(w) for w in job.weights], jax.random.key(job.seed)

@@ -5,10 +5,10 @@ sys.path.insert(0, f'{sys.path[0]}/..')
 from job import Result, arrays, run
 
 
-def setup(job, engine='torch', callbacks=list):
+def setup(job, layers='torch', callbacks=list):
     from miniai.learner import Learner
     from miniai.training import Dataset, get_dls
-    if engine == 'ours':
+    if layers == 'ours':
         from miniai.losses import CrossEntropyLoss
         from miniai.module import Linear, ReLU, Sequential
     else:

@@ -21,19 +21,19 @@ def setup(job):
     w1, b1, w2, b2 = params
     opt = nn.optim.SGD(params, lr=job.lr)
 
-    def scores(xb): return (xb @ w1.T + b1).relu() @ w2.T + b2
+    def logits(xb): return (xb @ w1.T + b1).relu() @ w2.T + b2
 
     def step(idx):
         opt.zero_grad()
-        loss = scores(x[idx]).sparse_categorical_crossentropy(y[idx]).backward()
+        loss = logits(x[idx]).sparse_categorical_crossentropy(y[idx]).backward()
         opt.step()
         return loss.realize()
 
-    step_whole, step_last = TinyJit(step), TinyJit(step)  # a jitted step has one shape
+    step_full, step_last = TinyJit(step), TinyJit(step)  # a jitted step has one shape
 
     @TinyJit
     def evaluate():
-        out = scores(vx)
+        out = logits(vx)
         return out.sparse_categorical_crossentropy(vy).realize(), (out.argmax(1) == vy).mean().realize()
 
     def go():
@@ -44,7 +44,7 @@ def setup(job):
             with Context(TRAINING=1):
                 for i in range(0, n, bs):
                     idx = Tensor(order[i:i + bs]).realize()
-                    (step_whole if idx.shape[0] == bs else step_last)(idx)
+                    (step_full if idx.shape[0] == bs else step_last)(idx)
                     updates += 1
             accuracy = evaluate()[1].item()
         return Result([p.numpy() for p in params], accuracy, updates)

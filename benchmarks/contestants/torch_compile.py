@@ -1,4 +1,4 @@
-"`torch.compile` of the whole step: forward, gradient and update"
+"`torch.compile` of the full step: forward, gradient and update"
 import sys
 
 sys.path.insert(0, f'{sys.path[0]}/..')
@@ -18,11 +18,11 @@ def setup(job):
     x, y, vx, vy = job.tensors()
     train_dl, valid_dl = get_dls(Dataset(x, y), Dataset(vx, vy), job.bs)
 
-    def scores(params, xb):
+    def logits(params, xb):
         w1, b1, w2, b2 = params
         return F.linear(F.linear(xb, w1, b1).relu(), w2, b2)
 
-    def loss_func(params, xb, yb): return F.cross_entropy(scores(params, xb), yb)
+    def loss_func(params, xb, yb): return F.cross_entropy(logits(params, xb), yb)
 
     @torch.compile(dynamic=False)
     def step(params, xb, yb):
@@ -39,7 +39,7 @@ def setup(job):
                 updates += 1
             right, loss = 0, 0.
             for xb, yb in valid_dl:
-                out = scores(params, xb)
+                out = logits(params, xb)
                 loss += F.cross_entropy(out, yb) * len(xb)
                 right += (out.argmax(1) == yb).sum()
         return Result([p.numpy() for p in params], right.item() / len(vx), updates)

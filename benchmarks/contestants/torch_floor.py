@@ -44,9 +44,9 @@ def setup(job):
                 for w, g in zip(params, grads): w.add_(g, alpha=-lr / k)
                 updates += 1
             train_loss = -picked.log().mean().item()
-            scores = torch.addmm(b2, torch.addmm(b1, vx, w1.T).clamp_min_(0), w2t)
-            valid_loss = -scores.log_softmax(1).gather(1, vy[:, None]).mean().item()
-            accuracy = (scores.argmax(1) == vy).float().mean().item()
+            logits = torch.addmm(b2, torch.addmm(b1, vx, w1.T).clamp_min_(0), w2t)
+            valid_loss = -logits.log_softmax(1).gather(1, vy[:, None]).mean().item()
+            accuracy = (logits.argmax(1) == vy).float().mean().item()
         assert train_loss < 1 and valid_loss < 1
         return Result([w.numpy() for w in params], accuracy, updates)
     return go
