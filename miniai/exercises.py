@@ -169,7 +169,7 @@ def _slope(func, points, wrt):
     "Value and derivative of a tree by autograd, at each point"
     leaf = points[wrt].clone().requires_grad_()
     out = _count(func, {**points, wrt: leaf})
-    return out.detach(), torch.autograd.grad(out.sum(), leaf)[0]
+    return out, torch.autograd.grad(out.sum(), leaf)[0]
 def _close(got, want): return (got - want).abs() <= 1e-9*(1 + want.abs())   # False for NaN
 def _multiple(got, want):
     "A sentence if `got` is a multiple of `want`, else none"
@@ -222,7 +222,7 @@ def _trouble(layer):
         exact = _slope(layer.func, {n: v.double() for n, v in points.items()}, layer.wrt)
         got, (out, want) = _count(layer.slope, points), (t.float() for t in exact)
         good = (got - want).abs() < tol*(1 + want.abs())   # False for NaN
-        for i in (out.isfinite() & want.isfinite() & ~good).nonzero()[:1, 0]:
+        for i in (out.isfinite() & want.isfinite() & ~good).nonzero()[:, 0]:
             at = ', '.join(f'{n} = {v[i]:g}' for n, v in points.items())
             start = f'Right on paper, but at {at} it gives {got[i]:g} in float32. '
             return start + hint.format(want[i])
