@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .learner import Callback, CancelFit, CancelStep, random_state, set_random_state
-from .training import _check_loss_func
+from .training import check_loss_func
 
 # %% ../nbs/08_callbacks.ipynb #8ecd33dc
 class Metric:
@@ -72,7 +72,7 @@ class Mean(Metric):
         func=None,          # maps `(preds, targs)` to the mean over the batch, 0-d or a float
         name:str|None=None, # None: the function's own name
     ):
-        if func is not None: _check_loss_func(func)
+        if func is not None: check_loss_func(func)
         super().__init__(name or ('mean' if func is None else getattr(func, '__name__', type(func).__name__)))
         self.func = func
 

@@ -49,7 +49,7 @@ def _terminal(progress):
     from tqdm import tqdm
 
     from miniai.learner import Callback
-    from miniai.training import Record, _line, accuracy
+    from miniai.training import Record, accuracy, format_record
     hidden = None if progress and sys.stderr is not None else True # None: show the bar in a terminal only
 
     class Terminal(Callback):
@@ -66,7 +66,7 @@ def _terminal(progress):
             if self.bar is not None: self.bar.close()
         def after_validate(self, learn): learn.record['valid_accuracy'] = self.right/max(self.seen, 1)
         def after_epoch(self, learn):
-            if progress: print(_line(Record(**learn.record)))
+            if progress: print(format_record(Record(**learn.record)))
     return Terminal()
 
 

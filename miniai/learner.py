@@ -18,7 +18,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from .training import SGD, _check_grads, _check_loss_func, _mean_loss
+from .training import SGD, check_loss_func, check_opt, mean_loss
 
 # %% ../nbs/05_learner.ipynb #f3b25df7
 PHASES = 'fit', 'epoch', 'train', 'validate', 'batch', 'predict', 'get_loss', 'backward', 'step', 'zero_grad'
@@ -365,7 +365,7 @@ class Learner(_Events, _Looks):
                 raise ValueError(f'Learner: {name} has no batches; its dataset is empty, or smaller than a batch with drop_last')
         if train and dls[0] is None or not train and dls[1] is None:
             raise ValueError(f'Learner: there is no {"training" if train else "validation"} loader')
-        _check_loss_func(self.loss_func)
+        check_loss_func(self.loss_func)
         self.running_cbs = _in_order([*self.cbs, *cbs])
         self.train_dl, self.valid_dl = dls
         self.epochs, self.will_train, self.records, self.epochs_done, self.batches_done, self._replay = epochs, train, [], 0, 0, None
@@ -411,7 +411,7 @@ class Learner(_Events, _Looks):
         if not self._losses:
             raise ValueError(f'Learner: the loader gave no batch ({self.where()}); '
                              'a generator can be used for one pass only')
-        loss = _mean_loss(self._losses, self._rows, 'Learner', f'epoch {self.epoch}, {self._kind()} batch')
+        loss = mean_loss(self._losses, self._rows, 'Learner', f'epoch {self.epoch}, {self._kind()} batch')
         self.record['train_loss' if self.training else 'valid_loss'] = loss
 
     def _batches(self):
@@ -434,7 +434,7 @@ class Learner(_Events, _Looks):
         self._phase('get_loss', self.get_loss)
         if self.training:
             self._phase('backward', self.backward)
-            if not self._losses: _check_grads(self.opt)
+            if not self._losses: check_opt(self.opt)
             self._phase('update', self._update)
         self._losses.append(self.loss.detach())
         self._rows.append(self.rows())
