@@ -227,6 +227,7 @@ def test_the_rules_complain(tmp_path):
 def test_exports_need_runtime_requirements_only(nb):
     allowed = {'pillow': 'PIL'}
     needed = {allowed.get(n := re.split('[<>=]', w)[0].lower(), n) for w in settings['requirements'].split()}
+    needed.add('sympy')     # for `miniai.exercises`, where a proof is optional and numbers decide
     needed.add('IPython')   # for ProgressCB, which uses it only where a notebook has imported it already
     for source in exported(nb):
         for module, _ in imports(source):
