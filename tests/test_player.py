@@ -1,4 +1,5 @@
 "The backward-pass player: its numbers are autograd's, its file is small and closed, and it works in a browser without a mouse."
+# ruff: noqa: E501, I001 (JavaScript in strings, lists of cases)
 import base64
 import html
 import json
@@ -165,7 +166,8 @@ def test_every_rule_is_tested(): assert set(KINDS) == set(RULES)
 
 
 def test_variants_of_a_rule():
-    def texts(model, loss_func, y=tensor([0, 2])):
+    labels = tensor([0, 2])
+    def texts(model, loss_func, y=labels):
         op = record(model, loss_func, normal(2, 3), y).ops[-1]
         return player.forward_formula(op), player.gradient_formula(op, 0)[0]
     assert texts(lambda x: x + 0, MSELoss('sum'), normal(2, 3, seed=1)) == ('((out - y)**2).sum()', 'grad * 2*(out - y)')
