@@ -1,4 +1,5 @@
 "The backward-pass player: its numbers are autograd's, its file is small and closed, and it works in a browser without a mouse."
+# ruff: noqa: E501, I001 (JavaScript in strings, lists of cases)
 import base64
 import html
 import json
@@ -110,6 +111,13 @@ def test_page_holds_these_numbers():
     assert (plus, equals) == ('+', '=') and torch.allclose(rows[0] + rows[1], rows[2])
 
 
+def test_a_leaf_that_is_used_twice_has_a_step_of_its_own():
+    for net, name in ((from_x, 'x'), (shared, 'w1')):
+        titles = [s['title'] for s in page_data(play(*seeded(net)))['steps']]
+        assert titles.count(f'The gradients at {name} are added') == 1
+    assert not [s for s in page_data(play(*seeded(residual)))['steps'] if 'are added' in s['title']]
+
+
 def test_numbers_without_a_json_form_are_written_as_text():
     p = play(Sequential(Linear(2, 2), ReLU()), lambda out, y: (out / 0).sum(), normal(1, 2), tensor(0))
     assert {v for t in page_data(p)['tensors'] for row in t['rows'] for v in row if isinstance(v, str)} & {'inf', 'nan'}
@@ -142,7 +150,12 @@ def test_formula_fits(kind):
         text, local, local_text = player.gradient_formula(op, i)
         assert re.search(r'\bgrad\b', text) and 'rule' not in text and 'bwd' not in text and 'shape of' not in text, text
         if local is None: continue
-        if kind in ('Matmul', 'Linear', 'Addmm', 'T') or local.numel() == 1 and local == 1: continue
+        if kind in ('Matmul', 'Linear', 'Addmm') and local.ndim == 2:   # grad @ local, local @ grad or grad.T @ local
+            grad, found = op.out.grad, []
+            for m, n in ((grad, local), (local, grad), (grad.T, local)): found += [m @ n] if m.shape[1] == n.shape[0] else []
+            assert any(f.shape == g.shape and torch.allclose(f, g, atol=1e-5) for f in found), (text, local_text)
+            continue
+        if kind == 'T' or local.numel() == 1 and local == 1: continue
         assert local_text
         product = op.out.grad * local   # one number for all, or a sum over the examples that shared the input
         product = product.expand_as(g) if product.ndim < g.ndim else product.sum_to_size(g.shape)
@@ -153,7 +166,8 @@ def test_every_rule_is_tested(): assert set(KINDS) == set(RULES)
 
 
 def test_variants_of_a_rule():
-    def texts(model, loss_func, y=tensor([0, 2])):
+    labels = tensor([0, 2])
+    def texts(model, loss_func, y=labels):
         op = record(model, loss_func, normal(2, 3), y).ops[-1]
         return player.forward_formula(op), player.gradient_formula(op, 0)[0]
     assert texts(lambda x: x + 0, MSELoss('sum'), normal(2, 3, seed=1)) == ('((out - y)**2).sum()', 'grad * 2*(out - y)')
