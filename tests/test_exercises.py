@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 "Chapter 76's checkers: what they read, what they reject and how fast, what they call right, and what they say."
 import copy
 import math
