@@ -3,6 +3,7 @@ import os
 import re
 import sys
 from configparser import ConfigParser
+from dataclasses import is_dataclass
 from pathlib import Path
 
 from fastcore.docments import docments
@@ -54,7 +55,7 @@ def rst(docstring):
 def document(app, what, name, obj, options, lines):
     "Docments (the comments beside arguments) become lists of arguments; a link leads to where a name is built"
     lines[:] = rst('\n'.join(lines)).split('\n')
-    if what in ('class', 'exception', 'function', 'method'):
+    if what in ('class', 'exception', 'function', 'method') and not is_dataclass(obj): # its __init__ has no source
         found = docments(obj.__init__ if isinstance(obj, type) else obj, full=True)
         said = {k: rst(v['docment'].replace('\n', ' ')) for k, v in found.items() if k != 'self' and v['docment']}
         lines += ['', *(f':param {k}: {s}' for k, s in said.items() if k != 'return')]
