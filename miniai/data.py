@@ -140,7 +140,7 @@ class _Set(NamedTuple):
     folder: str    # name of its folder
     sha: dict      # file name -> SHA-256 of the unpacked file
     mirrors: tuple # addresses of folders that hold these files, gzipped
-    n_train: int   # the first examples of the training file train, the others are for validation
+    n_train: int   # how many examples at the start of the training file are for training
     sample: bool   # does a sample of it ship with the package?
 
 _FILES = ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte',
@@ -289,7 +289,7 @@ def _load(s, sample, mirrors, folder, timeout):
 def mnist(
     sample:bool|None=None,     # True: the 5,000 digits; False: never; None: see `$MINIAI_SAMPLE`
     mirrors:list|None=None,    # addresses of folders with the four files; None: two public ones
-    folder:str|Path|None=None, # `folder/mnist`, not `$MINIAI_DATA` or the user's cache folder
+    folder:str|Path|None=None, # look in `folder/mnist`, not in `$MINIAI_DATA` or the cache
     timeout:float=5.,          # seconds to wait for a mirror that sends nothing
 )->Splits:                     # three times `x` `(n,784)` float32, byte/256, and `y` `(n,)` int64
     "50,000 / 10,000 / 10,000 digits (sample: 4,000 / 500 / 500); `DataUnavailable` if impossible"

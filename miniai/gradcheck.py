@@ -21,7 +21,7 @@ def numeric_grad(
     *args,          # float64 tensors of any shape; integer tensors and other objects are passed on
     eps:float=1e-6, # step to each side, times `max(1, abs(entry))`
 )->tuple:           # one gradient per argument, of its shape; `None` unless it is a float64 tensor
-    "Gradients of `func(*args)` by central differences on copies; `TypeError` unless all is float64"
+    "Gradients of `func(*args)` by central differences on copies; `TypeError` for other floats"
     def value(i, j, new):
         "`func` of copies of `args`, with entry `j` of argument `i` set to `new`"
         copies = [a.clone() if isinstance(a, Tensor) else a for a in args]
