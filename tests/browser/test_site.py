@@ -103,8 +103,10 @@ def dashed(name): return name.replace('/', '-').removesuffix('.html')
 
 
 def prose_of(nb):
-    "The prose of a notebook, without code"
-    source = '\n\n'.join(site_stage.text(c['source']) for c in nb.cells if c['cell_type'] == 'markdown')
+    "The prose of a notebook, without code, and the formulas that its cells print"
+    parts = [site_stage.text(c['source']) for c in nb.cells if c['cell_type'] == 'markdown']
+    parts += [site_stage.text(o['data']['text/latex']) for c in nb.cells for o in c.get('outputs', []) if 'text/latex' in o.get('data', {})]
+    source = '\n\n'.join(parts)
     return re.sub(r'^ *```.*?^ *```|`[^`\n]+`', '', source, flags=re.M | re.S)
 
 
