@@ -154,7 +154,7 @@ def test_runs_from_first_cell_to_last(browser, lab, name):
     with opened(browser, lab, name) as page:
         wait(page, name)
         screenshot(page, f'lab_{name[:2]}')
-        assert any('image/png' in o.get('data', {}) for o in check(page)) or name.startswith(('70', '80', 'index'))
+        assert any('image/png' in o.get('data', {}) for o in check(page)) or name.startswith(('70', '75', '80', 'index'))
 
 
 def test_the_progress_display_keeps_up(browser, lab):
