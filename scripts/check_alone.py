@@ -49,14 +49,15 @@ def alone(nb, made_by, folder):
     for name in 'settings.ini', 'pyproject.toml', 'scripts', 'nbs':
         src = root / name
         shutil.copytree(src, copy / name, ignore=shutil.ignore_patterns('.*', '__pycache__')) if src.is_dir() else shutil.copy(src, copy)
+    needed = {nb.relative_to(root), Path('nbs', nb.name)} # a solution may read its chapter's notebook
     for p in (copy / 'nbs').rglob('*.ipynb'):
-        if p.relative_to(copy) != nb.relative_to(root): p.unlink()
+        if p.relative_to(copy) not in needed: p.unlink()
     for name in '__init__', *lower: shutil.copy(root / 'miniai' / f'{name}.py', copy / 'miniai')
     for p in (root / 'miniai').iterdir():
         if p.is_dir() and p.name != '__pycache__': shutil.copytree(p, copy / 'miniai' / p.name)
     env = {**os.environ, 'MINIAI_SAMPLE': '1', 'PYTHONDONTWRITEBYTECODE': '1'}
     for args in ([sys.executable, '-c', probe, str(copy), *withheld],
-                 [sys.executable, str(copy / 'scripts' / 'run_tests.py'), '--only', nb.name]):
+                 [sys.executable, str(copy / 'scripts' / 'run_tests.py'), '--only', nb.relative_to(root / 'nbs').as_posix()]):
         run = subprocess.run(args, env=env, cwd=copy, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if run.returncode: break
     return nb, lower, run.returncode, run.stdout

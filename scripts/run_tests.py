@@ -113,11 +113,12 @@ def choose_data(env):
 
 
 def notebooks(only):
-    "The notebooks that nbdev would take, those of `only` if given"
+    "The notebooks that nbdev would take, those of `only` if given: the beginning of a name, or a path in `nbs`"
+    wanted = lambda p, o: p.name.startswith(o) or p == nbs / o
     found = [p for p in sorted(nbs.rglob('*.ipynb')) if not any(x.startswith(('.', '_')) for x in p.relative_to(nbs).parts)]
     for o in only or []:
-        if not any(p.name.startswith(o) for p in found): sys.exit(usage(f'no notebook in {nbs} begins with {o!r}'))
-    return [p for p in found if not only or p.name.startswith(tuple(only))]
+        if not any(wanted(p, o) for p in found): sys.exit(usage(f'no notebook in {nbs} begins with {o!r}'))
+    return [p for p in found if not only or any(wanted(p, o) for o in only)]
 
 
 def usage(message):
