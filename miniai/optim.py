@@ -27,10 +27,8 @@ class UpdateRule(torch.optim.Optimizer):
     keeps = () # names: `step`, a count, and tensors of the parameter's shape
 
     @torch.no_grad()
-    def step(self,
-        closure=None, # computes the gradients and returns the loss; None: they are there already
-    ):                # what `closure` returned
-        "Update each parameter that has a gradient; the gradients do not change"
+    def step(self, closure=None):
+        "Update each parameter that has a gradient; `closure()` may compute them, and return a loss"
         loss = None if closure is None else torch.enable_grad()(closure)()
         for g in self.param_groups:
             for p in g['params']:
@@ -62,19 +60,15 @@ class UpdateRule(torch.optim.Optimizer):
             if name not in state: state[name] = _count(0) if name == 'step' else torch.zeros_like(p)
         return [state[name] for name in names]
 
-    def add_param_group(self,
-        param_group:dict, # `params`, and the options that differ from `defaults`
-    ):
+    def add_param_group(self, param_group:dict):
         "Train these parameters too; `ValueError` or `TypeError` for a wrong option or tensor"
         group = self.defaults | param_group
         if not isinstance(group['params'], (Tensor, set)): group['params'] = [*group['params']]
         _check_options(self, group)
         super().add_param_group(group)
 
-    def load_state_dict(self,
-        state_dict:dict, # from `state_dict()`, ours or the twin's
-    ):
-        "Load options and state; `ValueError` if they belong to another method: nothing changes"
+    def load_state_dict(self, state_dict:dict):
+        "Load ours or the twin's; `ValueError` for another method's, and then nothing changes"
         groups = [self.defaults | g for g in state_dict['param_groups']]
         for g in groups: _check_options(self, g)
         names = {k for s in state_dict['state'].values() for k, v in s.items() if v is not None}
@@ -89,6 +83,7 @@ class UpdateRule(torch.optim.Optimizer):
 # what a group may contain besides the options: names, and the entries of schedules
 _MORE = {'params', 'name', 'param_names', 'initial_lr', 'max_lr', 'min_lr', 'swa_lr',
          'max_momentum', 'base_momentum'}
+_NUMBERS = 'lr', 'momentum', 'alpha', 'eps', 'weight_decay'
 
 
 def _name(obj): return type(obj).__name__
@@ -108,19 +103,18 @@ def _check_options(opt, g):
         if len({*params}) < len(params): fail('a parameter is given twice; remove one')
         if any(isinstance(p, Tensor) and p.is_complex() for p in params):
             fail('a parameter is complex; train its torch.view_as_real instead')
-    if more := sorted(k for k, v in g.items() if k not in {*opt.defaults} | _MORE and v is not None):
-        fail(f'a group has the unknown options {more}; the options are {", ".join(opt.defaults)}')
-    for k in 'lr', 'momentum', 'alpha', 'eps', 'weight_decay':
-        if k in g and not (isinstance(g[k], Real) and g[k] >= 0):
-            fail(f'{k} is {g[k]!r}, must be a number, 0 or more')
-    betas = g.get('betas', ())
-    if not all(isinstance(b, Real) and 0 <= b < 1 for b in betas) or len(betas) not in (0, 2):
-        fail(f'betas is {betas!r}, must be two numbers, each at least 0 and below 1')
+    for k, v in g.items():
+        if v is not None and k not in opt.defaults and k not in _MORE:
+            fail(f'a group has the unknown option {k!r}; the options are {", ".join(opt.defaults)}')
+        if k in _NUMBERS and not (isinstance(v, Real) and v >= 0):
+            fail(f'{k} is {v!r}, must be a number, 0 or more')
+        pair = k != 'betas' or len(v) == 2 and all(isinstance(b, Real) and 0 <= b < 1 for b in v)
+        if not pair: fail(f'betas is {v!r}, must be two numbers, each at least 0 and below 1')
+        if k in ('capturable', 'differentiable', 'fused') and v:
+            fail(f"{k} is {v!r}, which only PyTorch's own optimiser has; leave it out")
     if g.get('nesterov') and (g['momentum'] == 0 or g['dampening'] != 0):
         fail(f'nesterov requires momentum above 0 and dampening 0, got {g["momentum"]} and '
              f'{g["dampening"]}')
-    for k in 'capturable', 'differentiable', 'fused':
-        if g.get(k): fail(f'{k} is {g[k]!r}, which only PyTorch\'s own optimiser has; leave it out')
 
 # %% ../nbs/10_optimizers.ipynb #e3de3241
 class Momentum(UpdateRule):
@@ -136,8 +130,7 @@ class Momentum(UpdateRule):
         nesterov:bool=False,  # step along the next sum, assuming the same gradient again?
         *,
         maximize:bool=False,  # increase the objective?
-        foreach:bool|None=None, # has no effect
-        differentiable:bool=False, fused:bool|None=None, # must be off
+        foreach:bool|None=None, differentiable:bool=False, fused:bool|None=None, # leave these out
     ):
         super().__init__(params, dict(
             lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
@@ -166,10 +159,9 @@ class RMSprop(UpdateRule):
         weight_decay:float=0, # this times the parameter is added to its gradient
         momentum:float=0,     # factor of the running sum of scaled gradients; 0: no running sum
         centered:bool=False,  # divide by the standard deviation?
-        capturable:bool=False, # must be off
-        foreach:bool|None=None, # has no effect
+        capturable:bool=False, foreach:bool|None=None, # leave these out
         maximize:bool=False,  # increase the objective?
-        differentiable:bool=False, # must be off
+        differentiable:bool=False, # leave it out
     ):
         super().__init__(params, dict(
             lr=lr, momentum=momentum, alpha=alpha, eps=eps, centered=centered,
@@ -194,9 +186,7 @@ class RMSprop(UpdateRule):
 
 # %% ../nbs/10_optimizers.ipynb #9a5fc2bd
 class Adam(UpdateRule):
-    """Bias-corrected mean of the gradients, divided by the root of that of their squares
-
-    The twin of `torch.optim.Adam`."""
+    "Mean gradient over the root of its mean square, both corrected: twin of `torch.optim.Adam`"
     keeps = 'step', 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq'
 
     def __init__(self,
@@ -207,9 +197,9 @@ class Adam(UpdateRule):
         weight_decay:float=0, # this times the parameter is added to its gradient
         amsgrad:bool=False,   # divide by the root of the largest mean of squares so far?
         *,
-        foreach:bool|None=None, # has no effect
+        foreach:bool|None=None, # leave it out
         maximize:bool=False,  # increase the objective?
-        capturable:bool=False, differentiable:bool=False, fused:bool|None=None, # must be off
+        capturable:bool=False, differentiable:bool=False, fused:bool|None=None, # leave these out
         decoupled_weight_decay:bool=False, # shrink the parameter instead of changing its gradient?
     ):
         super().__init__(params, dict(
@@ -237,22 +227,14 @@ class Adam(UpdateRule):
 class AdamW(Adam):
     "Adam with weight decay apart from the gradient: the twin of `torch.optim.AdamW`"
     def __init__(self,
-        params,                  # tensors, or one dict per group with `params` and its own options
-        lr:float=1e-3,           # learning rate: about the change of an entry per step
-        betas:tuple[float, float]=(.9, .999), # factors of both running means, 0 to below 1
-        eps:float=1e-8,          # added to the root, to avoid a division by 0
+        params, lr:float=1e-3, betas:tuple[float, float]=(.9, .999), eps:float=1e-8, # as for `Adam`
         weight_decay:float=1e-2, # each step multiplies the parameter by `1 - lr*weight_decay`
-        amsgrad:bool=False,      # divide by the root of the largest mean of squares so far?
-        *,
-        maximize:bool=False,     # increase the objective?
-        **others,                # as for `Adam`
+        amsgrad:bool=False, *, maximize:bool=False, **others, # as for `Adam`
     ):
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize,
                          decoupled_weight_decay=True, **others)
 
-    def load_state_dict(self,
-        state_dict:dict, # from `state_dict()`, ours or the twin's
-    ):
+    def load_state_dict(self, state_dict:dict):
         "Load options and state; the decay stays decoupled"
         super().load_state_dict(state_dict)
         for g in self.param_groups: g['decoupled_weight_decay'] = True
@@ -262,16 +244,12 @@ class Schedule(LRScheduler):
     "Base class of schedules whose learning rate is `eta_min + (lr - eta_min)*share(t)`"
     eta_min, started = 0., False
 
-    def __init__(self,
-        optimizer, # a `torch.optim.Optimizer`; its groups get the first learning rate
-    ):
-        super().__init__(optimizer)
+    def __init__(self, optimizer):
+        super().__init__(optimizer) # sets the first learning rate of every group
         self.started = True
 
-    def share(self,
-        t:int,   # steps so far, from 0
-    )->float:    # share of the learning rate, about 0 to 1
-        "The formula, defined by a subclass"
+    def share(self, t:int)->float:
+        "The formula, defined by a subclass: `t` is the number of steps so far, from 0"
         raise NotImplementedError(f'{_name(self)} does not define share')
 
     def get_lr(self)->list: # one number per group
@@ -284,14 +262,12 @@ class Schedule(LRScheduler):
         if last == 0: return [lr + (base - low)*new for lr, base in zip(now, self.base_lrs)]
         return [low + (lr - low)*new/last for lr in now]
 
-    def load_state_dict(self,
-        state_dict:dict, # from `state_dict()`, ours or the twin's
-    ):
+    def load_state_dict(self, state_dict:dict):
         "Continue from a saved state; a change that making this object made to `lr` is undone"
-        groups, low = self.optimizer.param_groups, self.eta_min
-        untouched = [g['lr'] for g in groups] == self.get_last_lr()
-        if untouched and self.last_epoch == 0 < state_dict['last_epoch']:
-            for g in groups: g['lr'] = low + (g['lr'] - low)/self.share(0)
+        groups, low, first = self.optimizer.param_groups, self.eta_min, self.share(0)
+        untouched = self.last_epoch == 0 and [g['lr'] for g in groups] == self.get_last_lr()
+        if untouched and state_dict['last_epoch'] > 0 < first:
+            for g in groups: g['lr'] = low + (g['lr'] - low)/first
         super().load_state_dict(state_dict)
 
 # %% ../nbs/10_optimizers.ipynb #66d663a0
@@ -299,12 +275,10 @@ class LinearLR(Schedule):
     "From one factor to another on a line: the twin of `torch.optim.lr_scheduler.LinearLR`"
     def __init__(self,
         optimizer,              # its groups' `lr` is multiplied by the factors
-        start_factor:float=1/3, # factor at the start, above 0
+        start_factor:float=1/3, # factor at the start
         end_factor:float=1.,    # factor from the last step on
         total_iters:int=5,      # steps between the two, 1 or more
     ):
-        if not start_factor > 0:
-            raise ValueError(f'LinearLR: start_factor is {start_factor}, must be above 0')
         self.start_factor, self.end_factor = start_factor, end_factor
         self.total_iters = total_iters
         super().__init__(optimizer)
@@ -328,9 +302,7 @@ class CosineAnnealingLR(Schedule):
 
 # %% ../nbs/10_optimizers.ipynb #f0582755
 class OneCycleLR(LRScheduler):
-    """Rises to a maximum and falls to almost 0, with momentum doing the opposite
-
-    The twin of `torch.optim.lr_scheduler.OneCycleLR`."""
+    "Up to a maximum and down to almost 0: the twin of `torch.optim.lr_scheduler.OneCycleLR`"
     def __init__(self,
         optimizer,                 # its groups get `lr`, and `momentum` or the first of `betas`
         max_lr,                    # highest learning rate, or one for each group
@@ -339,8 +311,7 @@ class OneCycleLR(LRScheduler):
         pct_start:float=.3,        # share of the steps on which the learning rate rises, 0 to 1
         anneal_strategy:str='cos', # 'cos' or 'linear'
         cycle_momentum:bool=True,  # change the momentum, too?
-        base_momentum=.85,         # lowest momentum, or one for each group
-        max_momentum=.95,          # highest momentum, or one for each group
+        base_momentum=.85, max_momentum=.95, # lowest and highest, or one for each group
         div_factor:float=25.,      # highest over first learning rate
         final_div_factor:float=1e4, # first over last learning rate
         three_phase:bool=False,    # first fall as fast as it rose, then to almost 0?
@@ -350,8 +321,8 @@ class OneCycleLR(LRScheduler):
             raise ValueError(f'OneCycleLR: total_steps is {total_steps!r}, must be an integer of 1 '
                              'or more; or give epochs and steps_per_epoch')
         if anneal_strategy not in ('cos', 'linear') or not 0 <= pct_start <= 1:
-            raise ValueError(f"OneCycleLR: anneal_strategy is {anneal_strategy!r}, must be 'cos' or "
-                             f"'linear'; pct_start is {pct_start}, must be 0 to 1")
+            raise ValueError(f'OneCycleLR: anneal_strategy is {anneal_strategy!r}, must be cos or '
+                             f'linear; pct_start is {pct_start}, must be 0 to 1')
         self.total_steps, self.cycle_momentum = total_steps, cycle_momentum
         self._anneal_func_type = anneal_strategy
         self._schedule_phases = _phases(pct_start*total_steps - 1., total_steps - 1, three_phase)
@@ -364,43 +335,28 @@ class OneCycleLR(LRScheduler):
                 raise ValueError('OneCycleLR: this optimiser has no momentum to change; pass '
                                  'cycle_momentum=False')
             self.use_beta1 = 'betas' in options
-            lows = _each('base_momentum', base_momentum, groups)
-            highs = _each('max_momentum', max_momentum, groups)
-            for g, low, high in zip(groups, lows, highs):
-                g.update(base_momentum=low, max_momentum=high)
+            for k, v in ('base_momentum', base_momentum), ('max_momentum', max_momentum):
+                for g, value in zip(groups, _each(k, v, groups)): g[k] = value
         super().__init__(optimizer)
 
     def get_lr(self)->list: # one number per group
         "The learning rates after `last_epoch` steps; sets the momentum, too"
-        if self.last_epoch > self.total_steps:
-            raise ValueError(f'OneCycleLR: step {self.last_epoch} is beyond the cycle of '
-                             f'{self.total_steps} steps; make a new schedule for a new run')
+        t, phases, cos = self.last_epoch, self._schedule_phases, self._anneal_func_type == 'cos'
+        if t > self.total_steps:
+            raise ValueError(f'OneCycleLR: step {t} is beyond the cycle of {self.total_steps} '
+                             'steps; make a new schedule for a new run')
         for g in self.optimizer.param_groups if self.cycle_momentum else ():
-            momentum = self._between(g, 'momentum')
+            momentum = _between(g, 'momentum', t, phases, cos)
             if self.use_beta1: g['betas'] = momentum, g['betas'][1]
             else: g['momentum'] = momentum
-        return [self._between(g, 'lr') for g in self.optimizer.param_groups]
+        return [_between(g, 'lr', t, phases, cos) for g in self.optimizer.param_groups]
 
-    def _between(self, g, what):
-        "The group's `what`, interpolated within the phase"
-        begin, t = 0., self.last_epoch
-        for phase in self._schedule_phases[:-1]:
-            if t <= phase['end_step']: break
-            begin = phase['end_step']
-        else: phase = self._schedule_phases[-1]
-        share = (t - begin)/(phase['end_step'] - begin)
-        if self._anneal_func_type == 'cos': share = (1 - math.cos(math.pi*share))/2
-        low, high = g[phase[f'start_{what}']], g[phase[f'end_{what}']]
-        return low + (high - low)*share
-
-    def load_state_dict(self,
-        state_dict:dict, # from `state_dict()`, ours or the twin's
-    ):
+    def load_state_dict(self, state_dict:dict):
         "Continue from a saved state; what making this object changed in the groups is set anew"
         groups = self.optimizer.param_groups
         untouched = [g['lr'] for g in groups] == self.get_last_lr()
         super().load_state_dict(state_dict)
-        if untouched:
+        if untouched and self.last_epoch > 0:
             for g, lr in zip(groups, self.get_lr()): g['lr'] = lr
 
 # %% ../nbs/10_optimizers.ipynb #508a8174
@@ -414,12 +370,23 @@ def _phases(peak, end, three):
             for step, a, b, c, d in phases]
 
 
+def _between(g, what, t, phases, cos):
+    "A group's `what` after `t` steps, interpolated within its phase"
+    begin = 0.
+    for phase in phases:
+        if t <= phase['end_step'] or phase is phases[-1]: break
+        begin = phase['end_step']
+    share = (t - begin)/(phase['end_step'] - begin)
+    if cos: share = (1 - math.cos(math.pi*share))/2
+    low, high = g[phase[f'start_{what}']], g[phase[f'end_{what}']]
+    return low + (high - low)*share
+
+
 def _each(name, value, groups):
     "One value for each group"
     values = [*value] if isinstance(value, (list, tuple)) else [value]*len(groups)
     if len(values) != len(groups):
-        raise ValueError(f'OneCycleLR: {name} has {len(values)} values for {len(groups)} groups; '
-                         'give one value, or one per group')
+        raise ValueError(f'OneCycleLR: {name} has {len(values)} values for {len(groups)} groups')
     return values
 
 # %% ../nbs/10_optimizers.ipynb #c3c62a37
@@ -433,7 +400,14 @@ class _Groups(torch.optim.Optimizer):
     def step(self, closure=None): "Nothing: the learner takes the steps"
 
 
-def _options(opt): return [{k: v for k, v in g.items() if k != 'params'} for g in opt.param_groups]
+@contextmanager
+def _explained(n):
+    "Errors of a schedule that needs the unknown number of batches, in words"
+    try: yield
+    except (TypeError, ValueError) as e:
+        if n is not None: raise
+        raise ValueError('SchedulerCB: the training loader has no length, so make got n=None; '
+                         f'let make use a number of batches of your own ({e})') from e
 
 
 def _set_options(opt, options):
@@ -460,31 +434,29 @@ class SchedulerCB(Callback):
 
     def before_epoch(self, learn):
         if self.sched is not None or not learn.will_train: return
-        opt, now, resume = learn.opt, _options(learn.opt), self._resume
+        opt, resume = learn.opt, self._resume
+        now = [{k: v for k, v in g.items() if k != 'params'} for g in opt.param_groups]
         self._per_epoch = 1 if self.each == 'epoch' else operator.length_hint(learn.train_dl, 0)
-        self.n, self._at, self._batches = learn.epochs*self._per_epoch or None, 0, 0
+        self.n, self._at = learn.epochs*self._per_epoch or None, -1
         self._before, self._resume = resume['before'] if resume else now, None
         _set_options(opt, self._before)
-        with self._explained(): self.sched = self.make(groups := _Groups(opt), self.n)
+        with _explained(self.n): self.sched = self.make(groups := _Groups(opt), self.n)
         groups.step() # otherwise PyTorch's schedules warn that they step before the optimiser
         self._plateau = isinstance(self.sched, ReduceLROnPlateau)
         if self._plateau and self.each == 'batch':
-            raise ValueError("SchedulerCB: a plateau schedule needs the record of an epoch; pass "
-                             "each='epoch'")
+            raise ValueError("SchedulerCB: a plateau schedule needs a record; pass each='epoch'")
         if resume and (self._plateau or self.n == resume['n']):
             self.sched.load_state_dict(resume['sched'])
-            self._at, self._batches = resume['at'], resume['batches']
+            self._at = resume['at']
             _set_options(opt, now)
 
     def before_batch(self, learn):
         if not learn.training or self._plateau: return
         into = 0 if self.each == 'epoch' else learn.batch_idx
-        done = learn.epochs_done*self._per_epoch + into if self.n else self._batches
-        self._batches += 1
-        with self._explained():
-            while self._at < done:
-                self.sched.step()
-                self._at += 1
+        at = learn.epochs_done*self._per_epoch + into if self.n else self._at + 1
+        with _explained(self.n):
+            for _ in range(max(self._at, 0), at): self.sched.step()
+        self._at = at
 
     def after_epoch(self, learn):
         if not learn.will_train or not self._plateau: return
@@ -499,22 +471,12 @@ class SchedulerCB(Callback):
         if before is not None: _set_options(learn.opt, before)
         self.sched = self._before = self._resume = None
 
-    @contextmanager
-    def _explained(self):
-        try: yield
-        except (TypeError, ValueError) as e:
-            if self.n is not None: raise
-            raise ValueError('SchedulerCB: the training loader has no length, so make got n=None; '
-                             f'let make use a number of batches of your own ({e})') from e
-
     def state_dict(self)->dict: # empty if no fit is running
         "The schedule's state and position, and the groups' options from before the fit"
         if self.sched is None: return {}
-        return {'sched': self.sched.state_dict(), 'before': self._before, 'n': self.n,
-                'at': self._at, 'batches': self._batches}
+        state = self.sched.state_dict()
+        return {'sched': state, 'before': self._before, 'n': self.n, 'at': self._at}
 
-    def load_state_dict(self,
-        state_dict:dict, # from `state_dict()`
-    ):
+    def load_state_dict(self, state_dict:dict):
         "Continue from a saved state in the next fit, or in the one that is starting"
         if state_dict: self._resume = state_dict
