@@ -50,11 +50,8 @@ class UpdateRule(torch.optim.Optimizer):
         "The update rule, defined by a subclass"
         raise NotImplementedError(f'{_name(self)} does not define update')
 
-    def kept(self,
-        p:Tensor,   # a parameter
-        *names:str, # names from `keeps`
-    )->list:        # one tensor per name, to be changed in place
-        "The tensors of the parameter's state with these names, zeros at first"
+    def kept(self, p:Tensor, *names:str)->list:
+        "Tensors of the parameter's state, one for each name, zeros at first; change them in place"
         state = self.state[p]
         for name in names:
             if name not in state: state[name] = _count(0) if name == 'step' else torch.zeros_like(p)
@@ -265,8 +262,8 @@ class Schedule(LRScheduler):
     def load_state_dict(self, state_dict:dict):
         "Continue from a saved state; a change that making this object made to `lr` is undone"
         groups, low, first = self.optimizer.param_groups, self.eta_min, self.share(0)
-        untouched = self.last_epoch == 0 and [g['lr'] for g in groups] == self.get_last_lr()
-        if untouched and state_dict['last_epoch'] > 0 < first:
+        now, saved = [g['lr'] for g in groups], state_dict['_last_lr']
+        if self.last_epoch == 0 < first and now == self.get_last_lr() != saved:
             for g in groups: g['lr'] = low + (g['lr'] - low)/first
         super().load_state_dict(state_dict)
 
