@@ -72,7 +72,7 @@ combinations = [
 ]
 
 
-def named(item): return item.__name__ if callable(item) else '-'.join(f'{k}={v}' for k, v in item.items()) if isinstance(item, dict) else None
+def named(item): return item.__name__ if callable(item) else '-'.join(f'{k}={v}' for k, v in item.items())
 
 
 @pytest.mark.parametrize('ours, theirs, options', combinations, ids=named)
@@ -286,7 +286,7 @@ wrong = {
     'twice in a group': (lambda: SignDescent([x, x]), ValueError, 'twice'),
     'twice in a generator': (lambda: SignDescent([{'params': (p for p in (x, x))}]), ValueError, 'twice'),
     'in two groups': (lambda: SignDescent([x]).add_param_group({'params': x}), ValueError, 'more than one'),
-    'misspelt': (lambda: SignDescent([x]).add_param_group({'params': leaf(1), 'learning_rate': 1}), ValueError, "unknown option 'learning_rate'"),
+    'misspelt': (lambda: SignDescent([x]).add_param_group({'params': leaf(1), 'rate': 1}), ValueError, "unknown option 'rate'"),
     'misspelt argument': (lambda: Momentum([x], eps=1), TypeError, 'eps'),
     'decay': (lambda: SignDescent([x], weight_decay=-1), ValueError, 'weight_decay is -1'),
     'decay in a group': (lambda: SignDescent([{'params': x, 'weight_decay': -1}]), ValueError, 'weight_decay is -1'),
@@ -294,12 +294,13 @@ wrong = {
     'eps': (lambda: Adam([x], eps=-1e-8), ValueError, 'eps is'),
     'momentum': (lambda: Momentum([x], momentum=-1), ValueError, 'momentum is'),
     'nesterov': (lambda: Momentum([x], nesterov=True), ValueError, 'nesterov requires .* got 0 and 0'),
-    'nesterov damped': (lambda: Momentum([x], momentum=.5, dampening=.1, nesterov=True), ValueError, 'nesterov requires .* got 0.5 and 0.1'),
+    'nesterov damped': (lambda: Momentum([x], momentum=.5, dampening=.1, nesterov=True), ValueError, 'got 0.5 and 0.1'),
     'nesterov in a group': (lambda: Momentum([{'params': x, 'nesterov': True}]), ValueError, 'nesterov'),
     'AdamW decoupled': (lambda: AdamW([x], decoupled_weight_decay=False), TypeError, 'decoupled'),
     'AdamW misspelt': (lambda: AdamW([x], momentum=.9), TypeError, 'momentum'),
     'option of another': (lambda: Adam([x]).load_state_dict(RMSprop([x]).state_dict()), ValueError, 'unknown option'),
-    **{f'lr {lr}': (lambda lr=lr: SignDescent([x], lr=lr), ValueError, 'must be a number, 0') for lr in (-.1, math.nan, torch.tensor(.1), '1')},
+    **{f'lr {lr}': (lambda lr=lr: SignDescent([x], lr=lr), ValueError, 'must be a number, 0')
+       for lr in (-.1, math.nan, torch.tensor(.1), '1')},
     **{f'betas {b}': (lambda b=b: Adam([x], betas=b), ValueError, 'betas is')
        for b in ((.9,), (1., .9), (.9, -.1), ('0', .9), (.9, .99, .999), (torch.tensor(.9), .9), (.9, 1.))},
 }
