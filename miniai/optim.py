@@ -174,8 +174,9 @@ class RMSprop(UpdateRule):
         if group['centered']:
             mean, = self.kept(p, 'grad_avg')
             mean.lerp_(grad, 1 - alpha)
-            v = v - mean*mean
-        scale = v.sqrt().add_(group['eps'])
+            root = v.addcmul(mean, mean, value=-1).sqrt_()
+        else: root = v.sqrt()
+        scale = root.add_(group['eps'])
         if group['momentum'] == 0: return p.addcdiv_(grad, scale, value=-lr)
         b, = self.kept(p, 'momentum_buffer')
         b.mul_(group['momentum']).addcdiv_(grad, scale)
@@ -325,8 +326,7 @@ class OneCycleLR(LRScheduler):
         self._schedule_phases = _phases(pct_start*total_steps - 1., total_steps - 1, three_phase)
         groups, options = optimizer.param_groups, optimizer.defaults
         for g, lr in zip(groups, _each('max_lr', max_lr, groups)):
-            first = lr/div_factor
-            g.update(initial_lr=first, max_lr=lr, min_lr=first/final_div_factor)
+            g.update(initial_lr=lr/div_factor, max_lr=lr, min_lr=lr/div_factor/final_div_factor)
         if cycle_momentum:
             if 'momentum' not in options and 'betas' not in options:
                 raise ValueError('OneCycleLR: this optimiser has no momentum to change; pass '
