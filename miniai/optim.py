@@ -410,9 +410,8 @@ def _explained(n):
 def _set_options(opt, options):
     "Restore the options of each group, and nothing else"
     for g, w in zip(opt.param_groups, options):
-        params = g['params']
-        g.clear()
-        g.update(w, params=params)
+        for k in {*g} - {*w, 'params'}: del g[k]
+        g.update(w)
 
 # %% ../nbs/10_optimizers.ipynb #d2264f0d
 class SchedulerCB(Callback):
@@ -451,6 +450,7 @@ class SchedulerCB(Callback):
         if not learn.training or self._plateau: return
         into = 0 if self.each == 'epoch' else learn.batch_idx
         at = learn.epochs_done*self._per_epoch + into if self.n else self._at + 1
+        if self.n: at = min(at, self.n - 1) # some loaders have more batches than their length says
         with _explained(self.n):
             for _ in range(max(self._at, 0), at): self.sched.step()
         self._at = at

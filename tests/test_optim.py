@@ -743,6 +743,15 @@ def test_a_loader_without_a_length():
             fit(1, SchedulerCB(lambda opt, n, kind=kind: kind(opt, n)), dls=(NoLength(), None))
 
 
+def test_a_loader_with_more_batches_than_it_says_ends_at_the_end():
+    class Short(NoLength):
+        def __len__(self): return 8
+    lrs, *_ = fit(2, SchedulerCB(one_cycle), dls=(Short(), None))
+    opt = Adam([leaf(1)])
+    expected = [first[0] for first, in run(opt, [OneCycleLR(opt, .02, 16)], 16)]
+    assert_close(lrs[:8] + lrs[10:], expected[:8] + expected[8:] + expected[-1:]*2)
+
+
 def test_other_errors_of_make_stay():
     with pytest.raises(ValueError, match='pct_start is 7'): fit(1, SchedulerCB(lambda opt, n: OneCycleLR(opt, 1., n, pct_start=7)))
     with pytest.raises(ValueError, match="each is 'step'"): SchedulerCB(halving, 'step')
