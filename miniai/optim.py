@@ -450,7 +450,7 @@ class SchedulerCB(Callback):
         if not learn.training or self._plateau: return
         into = 0 if self.each == 'epoch' else learn.batch_idx
         at = learn.epochs_done*self._per_epoch + into if self.n else self._at + 1
-        if self.n: at = min(at, self.n - 1) # some loaders have more batches than their length says
+        if self.n: at = max(self._at, min(at, self.n - 1)) # a loader's length may be wrong
         with _explained(self.n):
             for _ in range(max(self._at, 0), at): self.sched.step()
         self._at = at
