@@ -21,5 +21,5 @@ class DictLearner(Learner):             # what the model gets, and what the loss
 
 if __name__ == '__main__':
     dls = [DataLoader(Texts(), 60, num_workers=2) for _ in range(2)]
-    model = Bag(nn.EmbeddingBag(100, 8), nn.Linear(8, 2))
-    DictLearner(model, dls, nn.CrossEntropyLoss(), torch.optim.Adam, lr=.05, cbs=[MetricsCB(Accuracy())]).fit(5)
+    model, cbs = Bag(nn.EmbeddingBag(100, 8), nn.Linear(8, 2)), [MetricsCB(Accuracy())]
+    DictLearner(model, dls, nn.CrossEntropyLoss(), torch.optim.Adam, lr=.05, cbs=cbs).fit(5)

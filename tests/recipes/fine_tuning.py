@@ -9,17 +9,17 @@ from miniai.optim import AdamW
 from miniai.training import get_dls
 
 torch.manual_seed(0)
-data = mnist(sample=True)
-body, old_head = nn.Sequential(nn.Linear(784, 64), nn.ReLU()), nn.Linear(64, 10)
-Learner(nn.Sequential(body, old_head), get_dls(data.train, data.valid), nn.CrossEntropyLoss(), AdamW, .003).fit(3)
-
+train, valid = mnist(sample=True)[:2]
+body, loss_func = nn.Sequential(nn.Linear(784, 64), nn.ReLU()), nn.CrossEntropyLoss()
+digits = nn.Sequential(body, nn.Linear(64, 10))
+Learner(digits, get_dls(train, valid), loss_func, AdamW, .003).fit(3)
 def odd(part): return part.x, part.y % 2      # the new task: is the digit odd?
-def groups(params, lr): return AdamW([{'params': body.parameters(), 'lr': lr/10}, {'params': head.parameters()}], lr)
+def two_rates(params, lr):
+    return AdamW([{'params': head.parameters()}, {'params': body.parameters(), 'lr': lr/10}], lr)
 
 head = nn.Linear(64, 2)
-learn = Learner(nn.Sequential(body, head), get_dls(odd(data.train), odd(data.valid)), nn.CrossEntropyLoss(),
-                groups, lr=.003, cbs=[MetricsCB(Accuracy())])
-body.requires_grad_(False)
-learn.fit(1)
-body.requires_grad_(True)
-learn.fit(2)
+learn = Learner(nn.Sequential(body, head), get_dls(odd(train), odd(valid)), loss_func, two_rates,
+                lr=.003, cbs=[MetricsCB(Accuracy())])
+for trained, epochs in (False, 1), (True, 2):
+    body.requires_grad_(trained)
+    learn.fit(epochs)
