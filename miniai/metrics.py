@@ -94,12 +94,11 @@ class MetricsCB(Callback):
         train:bool=False, # also measure the training batches, as `train_` and the name?
         **named,          # metrics with names of your choice
     ):
-        pairs = [(_metric_name(m), m) for m in metrics] + [*named.items()]
-        names = [name for name, _ in pairs]
-        twice = {name for name in names if names.count(name) > 1 or name == 'loss'}
+        names, every = [*map(_metric_name, metrics), *named], [*metrics, *named.values()]
+        twice = {name for name in names if [*names, 'loss'].count(name) > 1}
         if twice: raise ValueError(f'MetricsCB: two columns have the name {min(twice)}; '
                                    'choose another, as in MetricsCB(best=TopK(1))')
-        self.valid = {name: m if hasattr(m, 'update') else Mean(m, name) for name, m in pairs}
+        self.valid = {k: m if hasattr(m, 'update') else Mean(m, k) for k, m in zip(names, every)}
         self.train = copy.deepcopy(self.valid) if train else {}
         for m in self.train.values():
             if hasattr(m, 'persistent'): m.persistent(True) # torchmetrics: save the sums
@@ -152,9 +151,11 @@ class ConfusionMatrix(Metric):
     ):
         "Count a batch without a sync; `compute` raises for labels out of range and NaN logits"
         shapes = f'preds has shape {tuple(preds.shape)} and targs {tuple(targs.shape)}'
+        labels = targs.long()
         if self.threshold is not None:
             bound = torch.full_like(preds, self.threshold, dtype=torch.float32)
             preds = torch.stack([bound, preds], 1)
+            labels = labels.masked_fill(labels != targs, -1) # 0.7 is no label
         elif targs.is_floating_point():
             raise ValueError(f'{self.name}: targs is {targs.dtype}, must be integers; use .long()')
         if preds.ndim < 2 or preds.shape[1] < 2 or targs.shape != preds[:, 0].shape:
@@ -163,8 +164,6 @@ class ConfusionMatrix(Metric):
         c, known = preds.shape[1], self.n_classes if self.sums is None else len(self.sums) - 1
         if known not in (None, c):
             raise ValueError(f'{self.name}: preds has {c} classes, must have {known} as before')
-        labels = targs.long()
-        if targs.is_floating_point(): labels = labels.masked_fill(labels != targs, -1) # as 0.7
         predicted = self.predicted(preds, labels).masked_fill(preds.isnan().any(1), c)
         ones = (labels != self.ignore_index).long()
         sums = labels.new_zeros(c + 1, c + 1) if self.sums is None else self.sums.to(labels.device)
@@ -191,10 +190,11 @@ def show_confusion(
     ax=None,       # matplotlib axes; None: those of a new figure
 ):                 # the axes
     "Draw a confusion matrix, with numbers for up to 30 classes; the colour shows mistakes only"
-    import matplotlib.pyplot as plt
     wrong, c = counts.clone().fill_diagonal_(0).cpu().numpy(), len(counts)
     names, side = range(c) if classes is None else classes, .36*min(c, 30)
-    if ax is None: ax = plt.subplots(figsize=(1.6 + side, .9 + side), layout='constrained')[1]
+    if ax is None:
+        import matplotlib.pyplot as plt
+        ax = plt.subplots(figsize=(1.6 + side, .9 + side), layout='constrained')[1]
     image = ax.imshow(wrong, cmap='Oranges', vmin=0, vmax=max(1, wrong.max()))
     for i, j in itertools.product(range(c), repeat=2) if c <= 30 else ():
         color = 'C0' if i == j else 'w' if wrong[i, j] > .6*wrong.max() else 'k'
@@ -238,7 +238,6 @@ class Recall(ClassScore):
     "The share of the examples labelled k that are predicted as k; arguments as in `ClassScore`"
     def denominator(self, hits, predicted, labelled): return labelled
 
-# %% ../nbs/06_metrics.ipynb #da292cc1
 class Accuracy(ClassScore):
     "The share of correct predictions; with `average='macro'` every class counts equally"
     def __init__(self, average:str|None='micro', name:str|None=None, **options):
