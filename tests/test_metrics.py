@@ -1,4 +1,4 @@
-"""Metrics against torchmetrics and NumPy: dtypes, ties, absent classes, pixels, single scores, every
+"""Metrics against torchmetrics and NumPy: dtypes, ties, absent classes, pixels, single scores, any
 batch size, states; no update waits for the device. Then `MetricsCB` in fits and resumed fits."""
 import copy
 import io
