@@ -55,10 +55,11 @@ def _curve(losses, valid)->bytes:
     from matplotlib.figure import Figure
     fig = Figure(figsize=(5.5, 2.2), dpi=80, layout='constrained')
     ax = fig.subplots()
-    ax.plot(*zip(*(points := chunk_means(losses, 300))), lw=1, label='training')
+    points = chunk_means(losses, 300) or [(0, math.nan)]
+    ax.plot(*zip(*points), lw=1, label='training')
     if valid: ax.plot(*zip(*valid), 'o-', ms=4, label='validation')
     ax.set(xlabel='batches', ylabel='loss')
-    if min((loss for _, loss in points), default=0) > 0: ax.set_yscale('log')
+    if min(loss for _, loss in points) > 0: ax.set_yscale('log')
     ax.legend()
     fig.savefig(file := io.BytesIO(), format='png')
     return file.getvalue()
