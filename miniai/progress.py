@@ -72,11 +72,11 @@ class _Page:
 
     def show(self, lines, losses=(), valid=(), last=False):
         self._put('text', self.display.Pretty('\n'.join(lines)))
-        start = time.perf_counter()
+        start, first = time.perf_counter(), 'curve' not in self.shown
         if len(losses) < 2 or start < self.again and not last: return
         self._put('curve', self.display.Image(_curve(losses, valid), alt='loss, batch by batch'))
         now = time.perf_counter()
-        self.again = now + min(20*(now - start), 10)
+        self.again = now if first else now + 20*(now - start) # the first one imports matplotlib
 
     def _put(self, which, content):
         if which in self.shown: self.shown[which].update(content)
