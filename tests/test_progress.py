@@ -528,42 +528,6 @@ def test_a_file_that_cannot_be_written_raises_before_the_first_step(tmp_path, pa
     assert learn.steps == 0
 
 
-KILLED = '''
-import os, sys, time, torch
-sys.path.insert(0, {tests!r})
-from test_progress import *
-folder = os.environ['FOLDER']
-state = folder + '/state'
-class Slow(Callback):
-    def after_batch(self, learn): time.sleep(.02)
-class Checkpoint(Callback):
-    order = 900
-    def after_batch(self, learn):
-        if not learn.training or learn.batch_idx % 5: return
-        torch.save([o.state_dict() for o in (learn.model, learn.opt, learn, *learn.cbs)], state + '.new')
-        os.replace(state + '.new', state)
-learn = learner(cbs=[RecorderCB(folder + '/log.jsonl')])
-if os.path.exists(state):
-    for o, s in zip((learn.model, learn.create_opt(), learn, *learn.cbs), torch.load(state, weights_only=True)): o.load_state_dict(s)
-learn.fit(6, cbs=[Checkpoint(), Slow()], progress=False)
-'''.format(tests=str(ROOT/'tests'))
-
-
-def test_a_log_after_kill_9_holds_every_batch_once(tmp_path):
-    env, log = {**os.environ, 'PYTHONPATH': str(ROOT), 'FOLDER': str(tmp_path)}, tmp_path/'log.jsonl'
-    for lines in 14, 40:                                   # killed in epoch 2, and again in epoch 4
-        process = subprocess.Popen([sys.executable, '-c', KILLED], env=env)
-        while process.poll() is None and not (log.exists() and log.read_bytes().count(b'\n') >= lines): time.sleep(.01)
-        time.sleep(.1)
-        process.kill()
-        process.wait()
-    got = run(KILLED, env={'FOLDER': str(tmp_path)})
-    assert got.returncode == 0, got.stderr
-    learner(cbs=[RecorderCB(tmp_path/'straight.jsonl')]).fit(6, progress=False)
-    assert numbers(lines_of(log)) == numbers(lines_of(tmp_path/'straight.jsonl'))
-    assert [line['step'] for line in lines_of(log) if 'step' in line] == list(range(72))
-
-
 # ---- TensorBoard
 
 def scalars(folder):
@@ -727,3 +691,39 @@ def test_a_notebook_stores_a_table_and_a_picture_and_a_plot_once(tmp_path, monke
     assert base64.b64decode(curve.data['image/png']).startswith(b'\x89PNG') and set(curve.data) == {'image/png', 'text/plain'}
     assert 'widgets' not in nb.metadata and '0x' not in curve.data['text/plain']
     for cell in nb.cells[1:]: assert ['image/png' in o.data for o in cell.outputs] == [True]
+
+
+KILLED = '''
+import os, sys, time, torch
+sys.path.insert(0, {tests!r})
+from test_progress import *
+folder = os.environ['FOLDER']
+state = folder + '/state'
+class Slow(Callback):
+    def after_batch(self, learn): time.sleep(.02)
+class Checkpoint(Callback):
+    order = 900
+    def after_batch(self, learn):
+        if not learn.training or learn.batch_idx % 5: return
+        torch.save([o.state_dict() for o in (learn.model, learn.opt, learn, *learn.cbs)], state + '.new')
+        os.replace(state + '.new', state)
+learn = learner(cbs=[RecorderCB(folder + '/log.jsonl')])
+if os.path.exists(state):
+    for o, s in zip((learn.model, learn.create_opt(), learn, *learn.cbs), torch.load(state, weights_only=True)): o.load_state_dict(s)
+learn.fit(6, cbs=[Checkpoint(), Slow()], progress=False)
+'''.format(tests=str(ROOT/'tests'))
+
+
+def test_a_log_after_kill_9_holds_every_batch_once(tmp_path):
+    env, log = {**os.environ, 'PYTHONPATH': str(ROOT), 'FOLDER': str(tmp_path)}, tmp_path/'log.jsonl'
+    for lines in 14, 40:                                   # killed in epoch 2, and again in epoch 4
+        process = subprocess.Popen([sys.executable, '-c', KILLED], env=env)
+        while process.poll() is None and not (log.exists() and log.read_bytes().count(b'\n') >= lines): time.sleep(.01)
+        time.sleep(.1)
+        process.kill()
+        process.wait()
+    got = run(KILLED, env={'FOLDER': str(tmp_path)})
+    assert got.returncode == 0, got.stderr
+    learner(cbs=[RecorderCB(tmp_path/'straight.jsonl')]).fit(6, progress=False)
+    assert numbers(lines_of(log)) == numbers(lines_of(tmp_path/'straight.jsonl'))
+    assert [line['step'] for line in lines_of(log) if 'step' in line] == list(range(72))
