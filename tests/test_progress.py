@@ -318,6 +318,16 @@ def test_the_curve_waits_20_times_as_long_as_it_took_but_not_for_the_import(monk
     assert pauses[3] <= 1                                           # the last one is always drawn
 
 
+def test_a_curve_that_takes_no_time_is_drawn_each_time(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(progress, '_curve', lambda losses, valid: drawn.append(len(losses)) or b'\x89PNG')
+    monkeypatch.setattr(progress, 'time', types.SimpleNamespace(perf_counter=lambda: 1.))
+    with patch('IPython.display.display', Shown()):
+        page = progress._Page()
+        for n in range(5): page.show([], [1.]*n)
+    assert drawn == [2, 3, 4]
+
+
 @pytest.mark.parametrize('style', ['lines', 'terminal', 'page'])
 def test_nothing_is_shown_for_evaluations_and_nothing_changes(style):
     plain = learner()
