@@ -505,6 +505,15 @@ def test_resumed_by_hand_in_any_order(name, options, order, steps):
     assert_close(run(again, [resumed], 6), run(opt, [sched], 6), rtol=1e-12, atol=0)
 
 
+def test_loading_a_cycle_keeps_a_rate_that_was_set_since():
+    opt, again = two_groups(Adam), two_groups(Adam)
+    run(opt, [sched := OneCycleLR(opt, 1., 30)], 5)
+    resumed = OneCycleLR(again, 1., 30)
+    for g in again.param_groups: g['lr'] = .7
+    resumed.load_state_dict(sched.state_dict())
+    assert [g['lr'] for g in again.param_groups] == [.7, .7]
+
+
 def test_two_schedules_resumed_by_hand():
     def new(saved=None):
         opt = two_groups(Momentum)
@@ -897,3 +906,15 @@ def test_an_empty_state_and_a_validation_leave_the_next_fit_alone():
     learn.fit(1, train=False, progress=False)
     learn.fit(1, progress=False)
     assert_close(watch.lrs, cosine(10))
+
+
+def test_a_validation_between_loading_and_resuming():
+    def new(last): return new_learner(cbs=[SchedulerCB(make_cosine), Watch(), last])
+    with pytest.raises(KeyboardInterrupt): new(save := Save(14)).fit(2, progress=False)
+    second = new(Late())
+    load(second, save.states)
+    second.fit(1, train=False, progress=False)
+    second.load_state_dict(save.states[2])
+    second.fit(2, progress=False)
+    assert_close(second.cbs[1].lrs, cosine(20)[14:])
+    assert second.opt.param_groups[0]['lr'] == .01
