@@ -78,7 +78,7 @@ def _sync(path):
 def new_path(path:str|Path): # of a file or folder: parent folders are created, an old one replaced
     "Make a file or folder at the path that this yields: it becomes `path`, complete or not at all"
     path = Path(path)
-    part, old = (path.with_name(f'.{path.name}.{os.getpid()}{end}.part') for end in ('', '.old'))
+    part, old = (path.with_name(f'.{path.name}.{os.urandom(4).hex()}.part') for _ in range(2))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
@@ -109,13 +109,15 @@ def _sums(folder, names=_FILES):
 
 def _write_tensors(path, tensors):
     "A safetensors file; only tensors that share memory or are on another device are copied"
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     seen, plain = set(), {}
     for k, t in tensors.items():
         t = t.detach().cpu().contiguous()
         plain[k] = t.clone() if (memory := t.untyped_storage().data_ptr()) in seen else t
         seen.add(memory)
-    save_file(plain, path)
+    try: save_file(plain, path)
+    except SafetensorError as e: raise OSError(f'{path.name}: {e}') from None # a full disk
 
 def _write_rest(folder, state):
     "In a folder that has the weights: the state, the manifest, and the checksums"
@@ -328,7 +330,8 @@ def _remove(path):
     "Remove a folder; if that fails, only warn"
     try: shutil.rmtree(path)
     except OSError as e:
-        warnings.warn(f'CheckpointCB: could not remove {path} ({e}); the run goes on')
+        warnings.warn(f'CheckpointCB: could not remove {path} ({e}); the run goes on',
+                      stacklevel=3)
 
 class _Numbered(Callback):
     "The numbered checkpoints of a run: saves the next one and removes old ones"
@@ -419,15 +422,15 @@ class CheckpointCB(_Numbered):
             raise CancelFit
         self._found = None
 
-    def before_train(self, learn): self._done = 0
+    def before_train(self, learn): self._new, self._skipped = True, 0
 
     def after_batch(self, learn):
         if not learn.training: return
-        self.batches, self._done, self._new = self.batches + 1, learn.batches_done, True
+        self.batches, self._skipped = self.batches + 1, learn.batches_done - len(learn.losses)
         if self.signals.caught or self.every and self.batches % self.every == 0: self._save(learn)
 
     def cleanup_train(self, learn):
-        if self._lost_workers() and learn.batches_done == self._done > 0: self._save(learn)
+        if self._lost_workers() and learn.batches_done and self._between(learn): self._save(learn)
 
     def after_epoch(self, learn):
         if not learn.will_train: return
@@ -436,8 +439,13 @@ class CheckpointCB(_Numbered):
 
     def after_fit(self, learn):
         if self._open is None or self._stopped: return
-        self._ended, at = True, learn.batches_done
-        if self._new and (at == 0 or learn.training and at == self._done): self._save(learn)
+        self._ended = True
+        if self._new and self._between(learn): self._save(learn)
+
+    def _between(self, learn):
+        "Is the run between two training batches or two epochs, so that it can be resumed there?"
+        finished = learn.batches_done - len(learn.losses) == self._skipped # as many losses as batches
+        return not learn.batches_done or learn.training and finished
 
     def _lost_workers(self):
         "Did the signal, sent to a group of processes, end the workers of a loader?"
@@ -450,4 +458,5 @@ class CheckpointCB(_Numbered):
         self._open = None
         if self._ended: self.fits.append([*learn.records])
         else: self._look = self.resume
-        if stop: self.signals.obey(self._stopped or 'stopped at the end of the fit')
+        said = 'stopped at the end of the fit' if self._ended else 'stopped, nothing was saved'
+        if stop: self.signals.obey(self._stopped or said)
