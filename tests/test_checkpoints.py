@@ -133,13 +133,13 @@ def test_our_optimisers(tmp_path):
 
 @pytest.mark.parametrize('every', [1, 4])
 def test_callbacks_with_a_state(tmp_path, every):
-    callbacks = pytest.importorskip('miniai.callbacks')
-    make = {'accumulate': lambda: callbacks.AccumulateCB(2), 'clip': lambda: callbacks.GradClipCB(.5), 'record': callbacks.RecorderCB,
-            'average': lambda: callbacks.EMACB(.9), 'measure': lambda: callbacks.MetricsCB(callbacks.Accuracy(), train=True),
+    callbacks, metrics, progress = (pytest.importorskip(f'miniai.{name}') for name in ('callbacks', 'metrics', 'progress'))
+    make = {'accumulate': lambda: callbacks.AccumulateCB(2), 'clip': lambda: callbacks.GradClipCB(.5), 'record': progress.RecorderCB,
+            'average': lambda: callbacks.EMACB(.9), 'measure': lambda: metrics.MetricsCB(metrics.Accuracy(), train=True),
             'stop': lambda: callbacks.EarlyStoppingCB(patience=1, min_delta=.2, restore_best=True)}
     for name, cb in make.items(): same_end(tmp_path/name, with_buffers, own_generator, momentum, lambda cb=cb: (cb(),), every=every)
     again = same_end(tmp_path/'all', with_buffers, own_generator, momentum, lambda: [cb() for cb in make.values()], every=every)
-    assert any(isinstance(cb, callbacks.RecorderCB) for cb in again.cbs)
+    assert any(isinstance(cb, progress.RecorderCB) for cb in again.cbs)
 
 
 @pytest.mark.parametrize('every', [1, None])
