@@ -444,8 +444,8 @@ class CheckpointCB(_Numbered):
 
     def _between(self, learn):
         "Is the run between two training batches or two epochs, so that it can be resumed there?"
-        finished = learn.batches_done - len(learn.losses) == self._skipped # as many losses as batches
-        return not learn.batches_done or learn.training and finished
+        open_batches = learn.batches_done - len(learn.losses) - self._skipped
+        return not learn.batches_done or learn.training and not open_batches
 
     def _lost_workers(self):
         "Did the signal, sent to a group of processes, end the workers of a loader?"
