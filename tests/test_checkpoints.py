@@ -69,6 +69,13 @@ def pytorchs_own(seed):
     return load(train_ds, 50, shuffle=True, generator=torch.Generator().manual_seed(seed)), None
 
 
+class Noisy:
+    "Examples with noise that is drawn in the worker processes"
+    def __len__(self): return 100
+    def __getitem__(self, i): return train_ds.x[i] + torch.rand(784), train_ds.y[i]
+def workers(seed): return torch.utils.data.DataLoader(Noisy(), 20, shuffle=True, num_workers=2), None
+
+
 def ours(): return Sequential(Linear(784, 8), ReLU(), Linear(8, 10))
 def with_buffers(): return nn.Sequential(nn.Linear(784, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(.3), nn.Linear(8, 10))
 def tied():
@@ -120,6 +127,9 @@ def test_every_optimiser(tmp_path, net, opt_func): same_end(tmp_path, net, own_g
 @pytest.mark.parametrize('dls', [own_generator, global_seed, not_shuffled, pytorchs, pytorchs_own])
 @pytest.mark.parametrize('every', [None, 2, 4])
 def test_every_loader(tmp_path, dls, every): same_end(tmp_path, with_buffers, dls, momentum, every=every)
+
+
+def test_noise_from_workers(tmp_path): same_end(tmp_path, with_buffers, workers, momentum, every=2)
 
 
 @pytest.mark.parametrize('net', [tied, frozen])
@@ -771,6 +781,18 @@ def test_the_best_one_is_kept(tmp_path, values, mode, best, every):
     assert (learn.cbs[1].best, learn.cbs[1].best_value) == (path.name, values[best - 1])
     assert read_checkpoint(path).manifest['epochs_done'] == best
     assert 1 <= len(kept(tmp_path)) <= 2 and newest_checkpoint(tmp_path) == list_checkpoints(tmp_path)[-1]
+
+
+def test_two_folders_for_one_run(tmp_path):
+    class MyOwn(CheckpointCB): "A subclass"
+    def make(seed, values, epochs):
+        few = MyOwn(tmp_path/'few', 9, 1, resume=True, keep_best='f1', mode='max')
+        cbs = [Made('f1', values), CheckpointCB(tmp_path/'all', keep=9, resume=True), few]
+        return learner(with_buffers, own_generator, momentum, seed, cbs).fit(epochs, progress=False)
+    make(1, (2, 3, 1), 3)
+    make(9, (2, 3, 1, 0), 4)
+    assert newest_checkpoint(tmp_path/'all', best=True) is None and kept(tmp_path/'all') == [1, 2, 3, 4]
+    assert read_checkpoint(newest_checkpoint(tmp_path/'few', best=True)).manifest['epochs_done'] == 2
 
 
 def test_a_best_one_that_is_gone_and_an_entry_that_is_missing(tmp_path):
