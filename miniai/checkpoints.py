@@ -336,7 +336,7 @@ def _remove(path):
     try: shutil.rmtree(path)
     except OSError as e:
         warnings.warn(f'CheckpointCB: could not remove {path} ({e}); the run goes on',
-                      stacklevel=3)
+                      stacklevel=2)
 
 class _Numbered(Callback):
     "The numbered checkpoints of a run: saves the next one and removes old ones"
