@@ -13,7 +13,6 @@ import inspect
 import io
 import itertools
 import json
-import math
 import os
 import platform
 import shlex
@@ -21,8 +20,10 @@ import shutil
 import signal
 import sys
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from PIL import Image, ImageFilter, ImageOps
 
 from . import __version__
 
@@ -72,12 +73,8 @@ _RECIPE = {k: inspect.signature(train_net).parameters[k].default
            for k in ('epochs', 'bs', 'lr', 'hidden', 'engine', 'seed')}
 
 # %% ../nbs/80_command_line.ipynb #37ab0e80
-def probabilities(
-    net,         # maps pixels `(n,784)` to logits `(n,c)`
-    x,           # tensor `(n,784)`
-    bs:int=1000, # examples at a time, to save memory
-):               # tensor `(n,c)`, each row of which sums to 1
-    "The predicted probabilities of the classes, without a graph"
+def probabilities(net, x, bs:int=1000):
+    "Softmax of the logits, `(n,c)`, for images `(n,784)`: `bs` at a time, without a graph"
     import torch
     with torch.no_grad(): return torch.cat([net(xb).softmax(1) for xb in x.split(bs)])
 
@@ -169,7 +166,6 @@ def read_image(
     path:str|Path, # a PNG or JPEG
 ):                 # a Pillow image in mode 'L': grey, 0 black to 255 white
     "Read a picture as grey, upright and on white; `ValueError` if it can't be read or is too large"
-    from PIL import Image, ImageOps
     if not Path(path).is_file(): raise ValueError('no such file')
     try:
         with warnings.catch_warnings():
@@ -184,10 +180,8 @@ def read_image(
     return img.convert('L')
 
 # %% ../nbs/80_command_line.ipynb #6237ffb2
-def find_ink(
-    grey, # array `(h,w)`, grey values
-):        # `(h,w)`: near 0 on the background, positive on the ink; and the noise, in the same unit
-    "Subtract the background, even or not; works for dark on bright and bright on dark"
+def find_ink(grey): # array `(h,w)` -> ink `(h,w)`, and the noise; 0 to 255
+    "Ink is positive, the background near 0, whether it is even or not, brighter or darker"
     import numpy as np
     h, w = grey.shape
     y, x = (t.reshape(-1) for t in np.mgrid[-1:1:h*1j, -1:1:w*1j])
@@ -201,9 +195,7 @@ def find_ink(
     return ink.reshape(h, w), 1.5*np.median(abs(off))
 
 # %% ../nbs/80_command_line.ipynb #52342709
-def otsu(
-    values, # array of any shape
-)->float:   # the threshold
+def otsu(values)->float: # array of any shape
     "The threshold that best separates `values` into a low and a high group"
     import numpy as np
     counts, edges = np.histogram(values, 256)
@@ -218,7 +210,6 @@ def centre_ink(
 ):               # array `(28,28)`, 0 to 255
     "Scale the longer side, and move the centre of mass to row and column 14, as near as 28 allow"
     import numpy as np
-    from PIL import Image
     h, w = (max(1, round(n*side/max(ink.shape))) for n in ink.shape)
     small = Image.fromarray(ink.astype(np.float32)).resize((w, h), Image.Resampling.BICUBIC)
     small = np.asarray(small).clip(0)
@@ -232,7 +223,6 @@ def centre_ink(
 def _crop_to_ink(img, size=400):
     "Cut out, at full resolution, what is written on a page; it is looked for at `size` pixels"
     import numpy as np
-    from PIL import Image
     k = max(1, max(img.size)/size)
     small = img.resize([max(1, round(n/k)) for n in img.size], Image.Resampling.BOX)
     ink, _ = find_ink(np.asarray(small))
@@ -251,7 +241,6 @@ def prepare_image(
     "Prepare a picture like the digits of MNIST; `ValueError` if nothing stands out in it"
     import numpy as np
     import torch
-    from PIL import Image, ImageFilter
     nothing = ValueError('nothing is written on it, or the contrast is too low; '
                          'crop or retake the picture')
     grey = np.asarray(img)
@@ -280,40 +269,38 @@ class _Parser(argparse.ArgumentParser):
         self.add_argument('--version', action='version', version=f'miniai {__version__}')
     def error(self, message): self.exit(2, f'{self.prog}: {message} (see {self.prog} --help)\n')
 
-def _number(kind, low, high):
-    "For `type=`: an `int` or `float` from `low` to `high`"
-    def parse(text):
-        with suppress(ValueError):
-            if low <= kind(text) <= high: return kind(text)
-        what = 'an integer' if kind is int else 'a number'
-        raise argparse.ArgumentTypeError(f'{text!r} is not {what} from {low:,} to {high:,}')
-    return parse
+_NUMBERS = {'epochs': (1, 10_000, 'passes over the training set'), 'bs': (1, 10**6, 'batch size'),
+            'lr': (1e-9, 1e6, 'learning rate'), 'hidden': (1, 10_000, 'width of the hidden layer'),
+            'seed': (0, 2**63 - 1, 'for the initial weights and the order of the examples'),
+            'threads': (1, 1024, '1 below 1,000 hidden units, otherwise up to 4')}
 
-def _train_parser():
+def _parse_train(argv):
+    "A dict of the arguments that were typed"
     p = _Parser('miniai_train', description='Train a network with one hidden layer on images of '
                 'digits (or clothes), and save weights.safetensors, metrics.json and report.png. '
                 'The same arguments and number of threads give the same numbers.',
                 epilog='Exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted, '
                 '143 terminated (both: continue with --resume).')
-    def add(name, help, kind=None, low=None, high=None, **kw):
-        default = ({'data': 'mnist'} | _RECIPE).get(name)
-        if default is not None: help += f' (default: {default})'
-        if kind: kw |= dict(type=_number(kind, low, high), metavar='N' if kind is int else 'X')
-        p.add_argument(f'--{name}', help=help, **kw)
-    add('data', 'data set', choices=list(_CLASSES))
-    add('sample', 'use the 5,000 digits included in miniai', action='store_true')
-    add('epochs', 'passes over the training set', int, 1, 10_000)
-    add('bs', 'batch size', int, 1, 1_000_000)
-    add('lr', 'learning rate', float, 1e-9, 1e6)
-    add('hidden', 'width of the hidden layer', int, 1, 10_000)
-    add('engine', "miniai's own modules, or torch.nn", choices=('ours', 'torch'))
-    add('seed', 'for the initial weights and the order of the examples', int, 0, 2**63 - 1)
-    add('threads', '(default: 1 below 1,000 hidden units, otherwise up to 4)', int, 1, 1024)
-    add('out', 'folder, empty or new (default: a new one, runs/<data>-<n>)', metavar='DIR')
-    add('overwrite', 'allow files in --out, and replace those it writes', action='store_true')
-    add('resume', 'continue the unfinished run in --out, or start one if --out is empty or new; '
-        'without --out: continue the last run in runs/', action='store_true')
-    return p
+    p.add_argument('--data', choices=list(_CLASSES), help='data set (default: mnist)')
+    p.add_argument('--engine', choices=('ours', 'torch'), help='miniai or torch.nn (default: ours)')
+    for name, (low, _, help) in _NUMBERS.items():
+        if name in _RECIPE: help += f' (default: {_RECIPE[name]})'
+        p.add_argument(f'--{name}', type=type(low), metavar='N', help=help)
+    p.add_argument('--out', metavar='DIR', help='folder (default: a new one, runs/<data>-<n>)')
+    for name, help in (('sample', 'use the 5,000 digits included in miniai'),
+                       ('overwrite', 'allow files in --out, and replace those it writes'),
+                       ('resume', 'continue the unfinished run in --out (default: the last one in '
+                        'runs/), or start one if --out is empty or new')):
+        p.add_argument(f'--{name}', action='store_true', help=help)
+    typed = vars(p.parse_args(argv))
+    for name, (low, high, _) in _NUMBERS.items():
+        if not low <= (value := typed.get(name, low)) <= high:
+            p.error(f'--{name} is {value}, must be from {low:,} to {high:,}')
+    if 'sample' in typed and typed.get('data', 'mnist') != 'mnist':
+        p.error(f'--sample: there is only a sample of mnist, not of {typed["data"]}')
+    if {'resume', 'overwrite'} <= typed.keys():
+        p.error('--resume continues a run, --overwrite starts a new one: use one of them')
+    return typed
 
 # %% ../nbs/80_command_line.ipynb #04125474
 class _Stop(Exception):
@@ -322,15 +309,16 @@ class _Stop(Exception):
 
 def _outcome(e):
     "The line to print and the exit status for an expected error"
-    if isinstance(e, KeyboardInterrupt):
-        return ('terminated', 143) if e.args[:1] == (signal.SIGTERM,) else ('interrupted', 130)
+    if isinstance(e, SystemExit): return 'terminated', e.code
+    if isinstance(e, KeyboardInterrupt): return 'interrupted', 130
     return (e.line, e.status) if isinstance(e, _Stop) else (str(e), 1)
 
 @contextmanager
 def _signals():
-    "Inside, Ctrl-C and SIGTERM raise `KeyboardInterrupt(number)`; first PyTorch is imported"
+    "SIGTERM raises `SystemExit(143)`, as Ctrl-C `KeyboardInterrupt`; first PyTorch is imported"
     early, before = [], {}
-    def stop(number, frame): raise KeyboardInterrupt(number)
+    def stop(number, frame):
+        raise SystemExit(143) if number == signal.SIGTERM else KeyboardInterrupt
     with suppress(ValueError):  # not in the main thread
         for number in signal.SIGINT, signal.SIGTERM:
             before[number] = signal.signal(number, lambda n, frame: early.append(n))
@@ -355,7 +343,7 @@ def _command(name, work):
     except BrokenPipeError:  # the reader of our output has ended, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (_Stop, KeyboardInterrupt, OSError) as e: line, status = _outcome(e)
+    except (_Stop, SystemExit, KeyboardInterrupt, OSError) as e: line, status = _outcome(e)
     tell(line)
     return status
 
@@ -377,9 +365,8 @@ def _last_run():
 
 def _read(path):
     "The dict in a JSON file; empty if there is none"
-    try: found = json.loads(path.read_bytes())
-    except (OSError, ValueError): return {}
-    return found if isinstance(found, dict) else {}
+    try: return dict(json.loads(path.read_bytes()))
+    except (OSError, TypeError, ValueError): return {}
 
 def _drop(saves):
     "Remove the checkpoints, first the file that marks an unfinished run"
@@ -388,31 +375,68 @@ def _drop(saves):
 
 def _arguments(out, typed, resume, overwrite):
     "The arguments of the run to start or to continue in `out`; None if it is finished"
-    saves, metrics = out/'checkpoints', _read(out/'metrics.json')
-    old = unfinished = _read(saves/'arguments.json')
-    if not unfinished and metrics.get('test_accuracy') is not None:
-        old = metrics['arguments'] | {'data': metrics['data'],
-                                      'sample': metrics['used'] == 'sample'}
-    if resume and old:
+    metrics, unfinished = _read(out/'metrics.json'), _read(out/'checkpoints'/'arguments.json')
+    finished = not unfinished and metrics.get('test_accuracy') is not None
+    if resume and (unfinished or finished):
+        old = unfinished or metrics['arguments'] | {'data': metrics['data'],
+                                                    'sample': metrics['used'] == 'sample'}
         for name, value in typed.items():
             if old.get(name, value) != value:
                 raise _Stop(f'--{name} is {value}, but the run in {out} was started with '
                             f'{old[name]}: leave it out, or start another run', 2)
         if unfinished: return old
         print(f'the run in {out} is finished: test accuracy {metrics["test_accuracy"]:.4f}')
-    elif not overwrite and any(path.name != '.lock' for path in out.iterdir()):
+        return _drop(out/'checkpoints')
+    if not overwrite and any(path.name != '.lock' for path in out.iterdir()):
         if resume: raise _Stop(f'{out} contains no run to resume')
         raise _Stop(f'{out} is not empty: choose another folder, or add --overwrite', 2)
-    _drop(saves)
-    if not (resume and old): return dict(data='mnist', sample=None, threads=None) | _RECIPE | typed
+    _drop(out/'checkpoints')
+    return dict(data='mnist', sample=None, threads=None) | _RECIPE | typed
 
 # %% ../nbs/80_command_line.ipynb #309ccf5a
-def _read_data(args):
-    "The splits, and `whole` or `sample`"
+def _train_into(out, args, info):
+    "Train, evaluate and save; fills `info`, the contents of `metrics.json`"
+    import torch
+
+    from miniai.checkpoints import CheckpointCB, list_checkpoints, write_files
     from miniai.data import DataUnavailable, fashion_mnist, mnist
+    from miniai.learner import Callback
     try: splits = mnist(args['sample']) if args['data'] == 'mnist' else fashion_mnist()
     except (DataUnavailable, ValueError) as e: raise _Stop(str(e)) from None
-    return splits, 'whole' if len(splits.train.x) == 50_000 else 'sample'
+    saves, rows = out/'checkpoints', {k: len(split.x) for k, split in splits._asdict().items()}
+    used, many = 'whole' if rows['train'] == 50_000 else 'sample', min(4, torch.get_num_threads())
+    args['threads'] = args['threads'] or (1 if args['hidden'] < 1000 else many)
+    info |= {'data': args['data'], 'used': used, 'rows': rows,
+             'arguments': {k: args[k] for k in (*_RECIPE, 'threads')}, 'version': __version__,
+             'torch': torch.__version__, 'python': platform.python_version(), 'epochs': [],
+             'test_accuracy': None}
+    print(f'{args["data"]} ({used}), {rows["train"]:,} training examples; engine {args["engine"]}, '
+          f'threads {args["threads"]}')
+    for part in out.glob('.*.part'): part.unlink()  # left by a killed process
+    if (saves/'arguments.json').exists():
+        print(f'resuming the run in {out}')
+        info['epochs'] = _read(out/'metrics.json').get('epochs', [])
+    else:
+        saves.mkdir()
+        arguments = json.dumps(args | {'sample': used == 'sample'})
+        write_files(saves, {'arguments.json': arguments.encode()})
+
+    class Keep(Callback):
+        def after_epoch(self, learn):
+            info['epochs'] = learn.records
+            save_run(out, learn.model, info)
+
+    cbs = [Keep(), CheckpointCB(saves, keep=2, resume=True)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args['threads'])
+    try:
+        net, records = train_net(splits, **{k: args[k] for k in _RECIPE}, cbs=cbs)
+        _finish(out, info, net, records, splits.test)
+    except BaseException as e:
+        if isinstance(e, FloatingPointError) or not list_checkpoints(saves): _drop(saves)
+        raise
+    finally: torch.set_num_threads(threads)
+    _drop(saves)
 
 def _finish(out, info, net, records, test):
     "Evaluate the network on the test set, draw the run, and save it as finished"
@@ -427,62 +451,21 @@ def _finish(out, info, net, records, test):
     save_run(out, net, info, picture.getvalue())
     print(f'saved in {out}: weights.safetensors, metrics.json, report.png')
 
-def _train_into(out, args, info):
-    "Train, evaluate and save; fills `info`, the contents of `metrics.json`"
-    import torch
-
-    from miniai.checkpoints import CheckpointCB, list_checkpoints, write_files
-    from miniai.learner import Callback
-    (splits, used), saves = _read_data(args), out/'checkpoints'
-    few, many = 1, min(4, torch.get_num_threads())
-    args['threads'] = args['threads'] or (few if args['hidden'] < 1000 else many)
-    info |= {'data': args['data'], 'used': used,
-             'rows': {k: len(split.x) for k, split in splits._asdict().items()},
-             'arguments': {k: args[k] for k in (*_RECIPE, 'threads')}, 'version': __version__,
-             'torch': torch.__version__, 'python': platform.python_version(), 'epochs': [],
-             'test_accuracy': None}
-    print(f'{args["data"]} ({used}), {len(splits.train.x):,} training examples; '
-          f'engine {args["engine"]}, threads {args["threads"]}')
-    if (saves/'arguments.json').exists():
-        print(f'resuming the run in {out}')
-        info['epochs'] = _read(out/'metrics.json').get('epochs', [])
-    else:
-        saves.mkdir()
-        arguments = json.dumps(args | {'sample': used == 'sample'})
-        write_files(saves, {'arguments.json': arguments.encode()})
-    for part in out.glob('.*.part'): part.unlink()  # left by a killed process
-
-    class Keep(Callback):
-        def after_epoch(self, learn):
-            info['epochs'] = learn.records
-            save_run(out, learn.model, info)
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args['threads'])
-    try:
-        cbs = [Keep(), CheckpointCB(saves, keep=2, resume=True)]
-        net, records = train_net(splits, **{k: args[k] for k in _RECIPE}, cbs=cbs)
-        _finish(out, info, net, records, splits.test)
-    except BaseException as e:
-        if isinstance(e, FloatingPointError) or not list_checkpoints(saves): _drop(saves)
-        raise
-    finally: torch.set_num_threads(threads)
-    _drop(saves)
-
 # %% ../nbs/80_command_line.ipynb #8526f645
 def _train(typed):
-    from filelock import FileLock, Timeout
+    from miniai.checkpoints import lock_folder
     resume, overwrite, out = (typed.pop(k, None) for k in ('resume', 'overwrite', 'out'))
     if resume and not out: out = _last_run()
     new, info = not out or not Path(out).exists(), {'epochs': []}
     out = _run_folder(out, typed.get('data', 'mnist'))
     try:
-        with FileLock(out/'.lock').acquire(timeout=0):
+        with lock_folder(out), ExitStack() as stack:
+            stack.callback((out/'.lock').unlink)
             args = _arguments(out, typed, resume, overwrite)
-            if args: _train_into(out, args, info)
-        return
-    except Timeout: raise _Stop(f'{out} is in use by another run; use another folder') from None
-    except (KeyboardInterrupt, FloatingPointError, OSError) as e: why, status = _outcome(e)
+            return _train_into(out, args, info) if args else None
+    except BlockingIOError: raise
+    except (SystemExit, KeyboardInterrupt, FloatingPointError, OSError) as e:
+        why, status = _outcome(e)
     finally:
         with suppress(OSError):
             if new: out.rmdir()  # if it is empty
@@ -493,16 +476,9 @@ def _train(typed):
     elif not info['epochs']: said += ', nothing was saved'
     raise _Stop(f'{why}: {said}', status)
 
-def miniai_train(
-    argv:list|None=None, # the arguments, strings; None: those of this process
-)->int: # 0; 1 if it failed, 130 after Ctrl-C, 143 after SIGTERM; wrong arguments: `SystemExit(2)`
-    "The command `miniai_train`: train a network and save it"
-    parser = _train_parser()
-    typed = vars(parser.parse_args(argv))
-    if 'sample' in typed and typed.get('data', 'mnist') != 'mnist':
-        parser.error(f'--sample: there is only a sample of mnist, not of {typed["data"]}')
-    if {'resume', 'overwrite'} <= typed.keys():
-        parser.error('--resume continues a run, --overwrite starts a new one: use one of them')
+def miniai_train(argv=None)->int: # strings; None: the arguments of this process
+    "Train and save a network; returns 0, 1 (failed), 130 (Ctrl-C) or 143 (SIGTERM)"
+    typed = _parse_train(argv)
     return _command('miniai_train', lambda: _train(typed))
 
 # %% ../nbs/80_command_line.ipynb #808fb933
@@ -520,10 +496,8 @@ def _predict(args):
             print(f'{path}: {_CLASSES[data][probs.argmax()]} ({probs.max():.2f})')
     return status
 
-def miniai_predict(
-    argv:list|None=None, # the arguments, strings; None: those of this process
-)->int:                  # 0; 1 if something can't be read; wrong arguments: `SystemExit(2)`
-    "The command `miniai_predict`: name the digit, or piece of clothing, in pictures"
+def miniai_predict(argv=None)->int: # strings; None: the arguments of this process
+    "Name the digit, or piece of clothing, in pictures; returns 0, or 1 if one can't be read"
     p = _Parser('miniai_predict', description='Print the digit in each picture and its predicted '
                 'probability. A photo must show one digit on a plain background, dark on bright or '
                 'bright on dark; a picture of 28 x 28 pixels on black is used unchanged.',
