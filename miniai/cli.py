@@ -9,12 +9,9 @@ __all__ = ['make_net', 'train_net', 'probabilities', 'save_run', 'load_net', 'wo
 # %% ../nbs/80_command_line.ipynb #0ebd1d06
 import argparse
 import importlib
-import inspect
 import io
-import itertools
 import json
 import os
-import platform
 import shlex
 import shutil
 import signal
@@ -69,8 +66,7 @@ def train_net(
     learn = Learner(net, dls, losses.CrossEntropyLoss(), lr=lr, cbs=cbs)
     return net, [Record(**r) for r in learn.fit(epochs, progress=progress)]
 
-_RECIPE = {k: inspect.signature(train_net).parameters[k].default
-           for k in ('epochs', 'bs', 'lr', 'hidden', 'engine', 'seed')}
+_RECIPE = dict(zip(('epochs', 'bs', 'lr', 'hidden', 'engine', 'seed'), train_net.__defaults__))
 
 # %% ../nbs/80_command_line.ipynb #37ab0e80
 def probabilities(net, x, bs:int=1000):
@@ -141,24 +137,23 @@ def draw_run(
     fig = Figure(figsize=(11, 8.4), layout='constrained')
     fig.suptitle(title)
     top, low = fig.subfigures(2, 1, height_ratios=(1.75, 1))
-    axs, epochs = top.subplot_mosaic('LC;AC', width_ratios=(1, 1.15)), [r.epoch for r in records]
-    axs['L'].plot(epochs, [r.train_loss for r in records], 'C0o-', label='training')
-    axs['L'].plot(epochs, [r.valid_loss for r in records], 'C1s--', label='validation')
-    axs['L'].set(xlabel='epoch', ylabel='loss', ylim=(0, None))
-    axs['L'].legend()
-    axs['A'].plot(epochs, [r.valid_accuracy for r in records], 'C1s--')
-    axs['A'].set(xlabel='epoch', ylabel='validation accuracy')
-    for k in 'LA': axs[k].xaxis.get_major_locator().set_params(integer=True)
-    confusion, long = ConfusionMatrix(len(classes)), max(map(len, classes)) > 2
+    axs = top.subplot_mosaic('LC;AC', width_ratios=(1, 1.15))
+    for k, *names in ('L', 'train_loss', 'valid_loss'), ('A', 'valid_accuracy'):
+        for name in names:
+            axs[k].plot([r.epoch for r in records], [getattr(r, name) for r in records], 'o-', ms=4,
+                        color='C0' if name == 'train_loss' else 'C1', label=name.replace('_', ' '))
+        axs[k].set(xlabel='epoch', ylabel=names[-1].removeprefix('valid_'))
+        axs[k].legend()
+        axs[k].xaxis.get_major_locator().set_params(integer=True)
+    confusion = ConfusionMatrix(len(classes))
     confusion.update(probs, y)
-    confusion.show(classes, axs['C']).tick_params('x', rotation=90*long)
+    confusion.show(classes, axs['C']).tick_params('x', rotation=90*(len(classes[0]) > 1))
     low.supxlabel('the worst mistakes: label, not the predicted class', fontsize=10)
-    images = low.subplots(2, 10).flat
+    images = low.subplots(2, 10).ravel()
     for ax in images: ax.axis('off')
     for ax, i in zip(images, worst_mistakes(probs, y).tolist()):
         ax.imshow(x[i].view(28, 28).numpy(), cmap='gray_r', vmin=0, vmax=1)
-        names = classes[y[i]], classes[probs[i].argmax()]
-        ax.set_title((',\nnot ' if long else ', not ').join(names), fontsize=9 - 2*long)
+        ax.set_title(f'{classes[y[i]]}\nnot {classes[probs[i].argmax()]}', fontsize=8)
     return fig
 
 # %% ../nbs/80_command_line.ipynb #d63727bc
@@ -219,7 +214,7 @@ def centre_ink(
     out[top:top + h, left:left + w] = small*(255/small.max())
     return out
 
-# %% ../nbs/80_command_line.ipynb #a6ae4333
+# %% ../nbs/80_command_line.ipynb #e771b27e
 def _crop_to_ink(img, size=400):
     "Cut out, at full resolution, what is written on a page; it is looked for at `size` pixels"
     import numpy as np
@@ -233,7 +228,6 @@ def _crop_to_ink(img, size=400):
     high = (round(min(n + margin, m)) for n, m in zip((right, bottom), img.size))
     return img.crop((*low, *high))
 
-# %% ../nbs/80_command_line.ipynb #e771b27e
 def prepare_image(
     img,         # a Pillow image in mode 'L', as from `read_image`
     side:int=20, # pixels of the digit's longer side; the clothes of Fashion-MNIST have 28
@@ -276,11 +270,9 @@ _NUMBERS = {'epochs': (1, 10_000, 'passes over the training set'), 'bs': (1, 10*
 
 def _parse_train(argv):
     "A dict of the arguments that were typed"
-    p = _Parser('miniai_train', description='Train a network with one hidden layer on images of '
-                'digits (or clothes), and save weights.safetensors, metrics.json and report.png. '
-                'The same arguments and number of threads give the same numbers.',
-                epilog='Exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted, '
-                '143 terminated (both: continue with --resume).')
+    p = _Parser('miniai_train', description='Train a network with one hidden layer on images, and '
+                'save weights.safetensors, metrics.json and report.png.', epilog='Exit status: 0 '
+                'done, 1 failed, 2 wrong arguments, 130 interrupted, 143 terminated.')
     p.add_argument('--data', choices=list(_CLASSES), help='data set (default: mnist)')
     p.add_argument('--engine', choices=('ours', 'torch'), help='miniai or torch.nn (default: ours)')
     for name, (low, _, help) in _NUMBERS.items():
@@ -350,7 +342,7 @@ def _command(name, work):
 # %% ../nbs/80_command_line.ipynb #78b1d5b5
 def _run_folder(out, data):
     "Create `out`, if it does not exist; without `out` a new folder, `runs/<data>-<n>`"
-    for n in itertools.count(1):
+    for n in range(1, sys.maxsize):
         path = Path(out or f'runs/{data}-{n}')
         try: path.mkdir(parents=True, exist_ok=bool(out))
         except FileExistsError:
@@ -408,7 +400,7 @@ def _train_into(out, args, info):
     args['threads'] = args['threads'] or (1 if args['hidden'] < 1000 else many)
     info |= {'data': args['data'], 'used': used, 'rows': rows,
              'arguments': {k: args[k] for k in (*_RECIPE, 'threads')}, 'version': __version__,
-             'torch': torch.__version__, 'python': platform.python_version(), 'epochs': [],
+             'torch': torch.__version__, 'python': sys.version.split()[0], 'epochs': [],
              'test_accuracy': None}
     print(f'{args["data"]} ({used}), {rows["train"]:,} training examples; engine {args["engine"]}, '
           f'threads {args["threads"]}')
@@ -498,10 +490,10 @@ def _predict(args):
 
 def miniai_predict(argv=None)->int: # strings; None: the arguments of this process
     "Name the digit, or piece of clothing, in pictures; returns 0, or 1 if one can't be read"
-    p = _Parser('miniai_predict', description='Print the digit in each picture and its predicted '
-                'probability. A photo must show one digit on a plain background, dark on bright or '
-                'bright on dark; a picture of 28 x 28 pixels on black is used unchanged.',
-                epilog='Exit status: 0 done, 1 some file cannot be read, 2 wrong arguments.')
+    p = _Parser('miniai_predict', description='Print the digit in each picture, and its predicted '
+                'probability. A photo must show one digit on a plain background. A picture of 28 x '
+                '28 pixels on black is used unchanged.', epilog='Exit status: 0 done, 1 some file '
+                'cannot be read, 2 wrong arguments.')
     p.add_argument('weights', metavar='WEIGHTS', help='a weights.safetensors from miniai_train')
     p.add_argument('images', metavar='IMAGE', nargs='+', help='a PNG or JPEG')
     args = p.parse_args(argv)
