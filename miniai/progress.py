@@ -9,11 +9,10 @@ __all__ = ['chunk_means', 'ProgressCB', 'smooth', 'RecorderCB', 'TensorBoardCB']
 import io
 import json
 import math
-import operator
 import os
 import sys
 import time
-from functools import partial
+from operator import length_hint
 from pathlib import Path
 
 import torch
@@ -23,15 +22,16 @@ from .learner import Callback
 # %% ../nbs/07_progress.ipynb #9a5bf0a1
 class _Table:
     "Records as aligned lines of text, below two lines of column names"
-    def __init__(self): self.columns = []
-
+    def __init__(self): self.columns, self.lines = [], []
     def add(self, record)->list: # the new lines, with names if the columns changed
         cells = {k: _cell(k, v) for k, v in record.items()}
         named, self.columns = self.columns == [*cells], [*cells]
         heads = [(a, b) if b else ('', a) for a, _, b in (k.partition('_') for k in cells)]
         widths = [max(7, *map(len, head)) for head in heads]
         lines = [cells.values()] if named else [*zip(*heads), cells.values()]
-        return ['  '.join(t.rjust(w) for t, w in zip(line, widths)) for line in lines]
+        new = ['  '.join(t.rjust(w) for t, w in zip(line, widths)) for line in lines]
+        self.lines += new
+        return new
 
 def _cell(name, value)->str:
     if not isinstance(value, float): return str(value)
@@ -55,37 +55,33 @@ def _curve(losses, valid)->bytes:
     from matplotlib.figure import Figure
     fig = Figure(figsize=(5.5, 2.2), dpi=80, layout='constrained')
     ax = fig.subplots()
-    ax.plot(*zip(*chunk_means(losses, 300)), lw=1, label='training')
+    ax.plot(*zip(*(points := chunk_means(losses, 300))), lw=1, label='training')
     if valid: ax.plot(*zip(*valid), 'o-', ms=4, label='validation')
     ax.set(xlabel='batches', ylabel='loss')
+    if min((loss for _, loss in points), default=0) > 0: ax.set_yscale('log')
     ax.legend()
     fig.savefig(file := io.BytesIO(), format='png')
     return file.getvalue()
 
 class _Page:
     "Two outputs of a notebook's cell, each replaced in place: text, and the picture of the curve"
-    def __init__(self): self.shown, self.again = {}, 0.
+    def __init__(self):
+        from IPython import display
+        self.display, self.shown, self.again = display, {}, 0.
 
-    def text(self, lines):
-        from IPython.display import Pretty
-        self._put('text', Pretty('\n'.join(lines)))
-
-    def curve(self, losses, valid, last=False):
-        from IPython.display import Image
+    def show(self, lines, losses=(), valid=(), last=False):
+        self._put('text', self.display.Pretty('\n'.join(lines)))
         start = time.perf_counter()
         if len(losses) < 2 or start < self.again and not last: return
-        self._put('curve', Image(_curve(losses, valid), alt='training and validation loss'))
+        self._put('curve', self.display.Image(_curve(losses, valid), alt='loss, batch by batch'))
         now = time.perf_counter()
         self.again = now + min(20*(now - start), 10)
 
     def _put(self, which, content):
-        from IPython.display import display
         if which in self.shown: self.shown[which].update(content)
-        else: self.shown[which] = display(content, display_id=True)
+        else: self.shown[which] = self.display.display(content, display_id=True)
 
 # %% ../nbs/07_progress.ipynb #ea74c1c3
-_STYLES = 'lines', 'terminal', 'page'
-
 def _style()->str:
     "The style for this environment"
     if os.environ.get('CI', '').lower() not in ('', '0', 'false'): return 'lines'
@@ -96,11 +92,10 @@ def _style()->str:
 def _bar(learn, page):
     "tqdm's bar of an epoch: on the standard error, or only as text"
     from tqdm import tqdm
-    loaders = learn.train_dl if learn.will_train else None, learn.valid_dl
-    total = sum(operator.length_hint(dl) for dl in loaders if dl is not None) or None
+    total = learn.will_train*length_hint(learn.train_dl) + length_hint(learn.valid_dl)
     form = dict(file=io.StringIO(), ncols=90, ascii=False) if page else dict(dynamic_ncols=True)
-    bar = tqdm(desc=f'epoch {learn.epoch}/{learn.epochs}', total=total, initial=learn.batches_done,
-               unit='batch', leave=False, delay=1, **form)
+    bar = tqdm(desc=f'epoch {learn.epoch}/{learn.epochs}', total=total or None, unit='batch',
+               initial=learn.batches_done, leave=False, delay=1, **form)
     bar.delay = 0 # created without being drawn, so that after Ctrl-C there is a bar to close
     return bar
 
@@ -114,64 +109,62 @@ class ProgressCB(Callback):
         every:float=.5,      # seconds between two updates, at least
         style:str|None=None, # 'page', 'terminal' or 'lines'; None: chosen by the environment
     ):
-        if style not in (None, *_STYLES):
-            raise ValueError(f'ProgressCB: style is {style!r}, must be one of {", ".join(_STYLES)}')
+        if style not in (None, 'page', 'terminal', 'lines'):
+            raise ValueError(f"ProgressCB: style is {style!r}; use 'page', 'terminal' or 'lines'")
         self.plot, self.every, self.style = plot, every, style
 
     def before_fit(self, learn):
-        style = (self.style or _style()) if learn.progress else None
-        self._live, self._prints = style in ('page', 'terminal'), style in ('lines', 'terminal')
-        self._page, self._table, self._lines = _Page() if style == 'page' else None, _Table(), []
+        self._where = (self.style or _style()) if learn.progress else None
+        self._page, self._table = _Page() if self._where == 'page' else None, _Table()
         self._losses, self._valid, self._text, self._next = [], [], '', 0.
 
     def before_epoch(self, learn):
-        self._seen = 0
-        if self._live: self._bar = _bar(learn, self._page)
+        self._seen, shown = 0, self._where in ('page', 'terminal')
+        self._bar = _bar(learn, self._page) if shown else None
 
     def after_batch(self, learn):
-        if not self._live: return
+        if self._bar is None: return
         self._bar.n += 1
         if time.perf_counter() < self._next: return
         if learn.training: self._look(learn)
         self._bar.set_postfix_str(self._text) # draws the bar
-        if self._page: self._page.text([*self._lines, str(self._bar)])
-        if self._page and self.plot: self._page.curve(self._losses, self._valid)
+        text = [*self._table.lines, str(self._bar)]
+        if self._page: self._page.show(text, self._losses, self._valid)
         self._next = time.perf_counter() + self.every
 
     def after_train(self, learn):
-        if self._live: self._look(learn)
+        if self._bar is not None: self._look(learn)
 
     def after_epoch(self, learn):
         if 'valid_loss' in learn.record:
             self._valid.append((len(self._losses), learn.record['valid_loss']))
         new = self._table.add(learn.record)
-        self._lines += new
         self.cleanup_epoch(learn)
-        if self._prints: print('\n'.join(new), flush=True)
+        if self._where in ('lines', 'terminal'): print('\n'.join(new), flush=True)
 
     def cleanup_epoch(self, learn):
         if self._bar is None: return
         self._bar.refresh() # Ctrl-C may have interrupted it, and it needs its width to be erased
         self._bar.close()
-        if self._page: self._page.text(self._lines)
+        if self._page: self._page.show(self._table.lines)
         self._bar = None
 
     def cleanup_fit(self, learn):
-        if self._page and self.plot: self._page.curve(self._losses, self._valid, last=True)
-        self._page = None
+        page, self._page = self._page, None
+        if page and self._losses: page.show(self._table.lines, self._losses, self._valid, last=True)
 
     def _look(self, learn):
         "Read the losses since the last look: one sync"
         new = torch.stack(learn.losses[self._seen:]).tolist() if learn.losses[self._seen:] else []
         self._seen += len(new)
-        self._losses += new
+        self._losses += new if self.plot else []
         rate = learn.opt.param_groups[0]['lr']
         if new: self._text = f'loss {sum(new)/len(new):.4f}, lr {float(rate):.3g}'
 
 # %% ../nbs/07_progress.ipynb #652c2fde
 class _JsonLines:
     "A file with one JSON object per line; numbers that are not finite become null"
-    def __init__(self, path): self.path, self.size = path and Path(path), 0 # bytes we wrote
+    def __init__(self, path): self.path, self.size = None if path is None else Path(path), 0
 
     def begin(self):
         "Cut off what a killed run wrote after its last checkpoint; in a new run, everything"
@@ -180,8 +173,8 @@ class _JsonLines:
 
     def write(self, records):
         if self.path is None: return
-        def finite(v): return None if isinstance(v, float) and not math.isfinite(v) else v
-        lines = [json.dumps({k: finite(v) for k, v in r.items()}, default=str) for r in records]
+        lines = [json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None
+                             for k, v in r.items()}, default=str) for r in records]
         with self.path.open('ab') as file:
             file.writelines(f'{line}\n'.encode() for line in lines)
             file.flush()
@@ -201,21 +194,6 @@ def smooth(
         averages.append(average/weight if weight else v)
     return averages
 
-def _plot(rec):
-    import matplotlib.pyplot as plt
-    _, (a, b) = plt.subplots(1, 2, figsize=(8.5, 3), layout='constrained', width_ratios=(1.5, 1))
-    a.plot(rec.losses, color='C0', alpha=.25, lw=.8)
-    a.plot(smooth(rec.losses, .95), color='C0', label='training batches, smoothed')
-    if rec.valid: a.plot(*zip(*rec.valid), 'o-', color='C1', label='validation')
-    a.set(xlabel='batches', ylabel='loss', yscale='log')
-    a.legend()
-    b.plot(rec.lrs, color='C2')
-    b.set(xlabel='batches', ylabel='learning rate')
-    if any(rec.momenta):
-        c = b.twinx()
-        c.plot(rec.momenta, color='C3', ls='--')
-        c.set_ylabel('momentum (dashed)')
-
 # %% ../nbs/07_progress.ipynb #08ecb688
 class RecorderCB(Callback):
     "Records each training batch and validation loss; plots them and writes them to a file"
@@ -229,7 +207,6 @@ class RecorderCB(Callback):
 
     @property
     def lrs(self): return [lrs[0] for _, _, lrs, _ in self.batches]
-
     @property
     def momenta(self): return [momenta[0] for *_, momenta in self.batches]
 
@@ -260,18 +237,30 @@ class RecorderCB(Callback):
         if learn.will_train: self._file.write([learn.record])
 
     def state_dict(self): # as bytes: a checkpoint keeps tensors apart from its readable part
-        text = json.dumps([self.losses, self.batches, self.valid], default=float).encode()
-        recorded = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        return {'recorded': recorded, 'size': self._file.size}
+        raw = json.dumps([self.losses, self.batches, self.valid], default=float).encode()
+        return {'log': torch.frombuffer(bytearray(raw), dtype=torch.uint8), 'size': self._file.size}
 
     def load_state_dict(self, state_dict):
-        losses, batches, valid = json.loads(bytes(state_dict['recorded'].tolist()))
+        losses, batches, valid = json.loads(bytes(state_dict['log'].tolist()))
         self.losses, self.batches, self.valid = losses, [*map(tuple, batches)], [*map(tuple, valid)]
         self._file.size = state_dict['size']
 
     def plot(self):
-        "Draw the losses on a logarithmic axis (pale: each batch, dark: smoothed) and the rates"
-        _plot(self)
+        "Draw losses (pale: each batch, dark: smoothed; log axis) and learning rates, with pyplot"
+        import matplotlib.pyplot as plt
+        _, (a, b) = plt.subplots(1, 2, figsize=(8.5, 3), layout='constrained', width_ratios=(3, 2))
+        a.plot(self.losses, color='C0', alpha=.25, lw=.8)
+        a.plot(smoothed := smooth(self.losses, .95), color='C0', label='training batches, smoothed')
+        if self.valid: a.plot(*zip(*self.valid), 'o-', color='C1', label='validation')
+        a.set(xlabel='batches', ylabel='loss')
+        a.legend()
+        low = min([*smoothed, *(loss for _, loss in self.valid)], default=0)
+        if low > 0: a.set(yscale='log', ylim=(low/3, None))
+        b.plot(self.lrs, color='C2')
+        b.set(xlabel='batches', ylabel='learning rate')
+        if any(self.momenta):
+            b.twinx().plot(self.momenta, 'C3--')
+            b.set_title('dashed, right axis: momentum', fontsize='medium')
 
     def _line(self, step):
         epoch, batch, lrs, momenta = self.batches[step]
@@ -286,13 +275,12 @@ class TensorBoardCB(RecorderCB):
     ):
         try: from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
-            raise ImportError(f'TensorBoardCB: {e}; install the package with: '
-                              'pip install "miniai[tensorboard]"') from None
+            raise ImportError(f'TensorBoardCB: {e}; pip install "miniai[tensorboard]"') from None
         super().__init__()
-        self._make, self._writer = partial(SummaryWriter, str(log_dir)), None
+        self._kind, self._folder, self._writer = SummaryWriter, str(log_dir), None
 
     def before_fit(self, learn):
-        if learn.will_train: self._writer = self._make(purge_step=len(self.losses))
+        if learn.will_train: self._writer = self._kind(self._folder, purge_step=len(self.losses))
 
     def cleanup_train(self, learn):
         begin = len(self.losses)
