@@ -13,14 +13,13 @@ import hashlib
 import json
 import operator
 import os
-import re
 import shutil
 import signal
 import sys
 import threading
 import warnings
 from collections import namedtuple
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ from .learner import Callback, CancelFit, Learner, check_replayable
 
 # %% ../nbs/09_checkpoints.ipynb #86aa8637
 def pack(
-    value,        # None, bool, number, str, tensor, or lists, tuples and dicts of these
+    value,        # None, bool, int, float, str, a tensor, or lists, tuples and dicts of these
     tensors:dict, # receives the tensors themselves, named '0', '1', …
     where:str='value', # name of the value in error messages
 ):                # the same value in the types of JSON
@@ -52,10 +51,7 @@ def pack(
     raise TypeError(f'{where} is a {type(value).__name__}; a checkpoint can only contain tensors, '
                     'numbers, strings, None, lists, tuples and dicts')
 
-def unpack(
-    value,        # from `pack`, possibly through JSON
-    tensors:dict, # the tensors that `pack` stored
-):                # the value given to `pack`
+def unpack(value, tensors:dict): # from `pack`, possibly through JSON; the tensors that it stored
     "The inverse of `pack`"
     if isinstance(value, list): return [unpack(v, tensors) for v in value]
     if not isinstance(value, dict): return value
@@ -79,10 +75,8 @@ def _sync(path):
     finally: os.close(fd)
 
 @contextmanager
-def new_path(
-    path:str|Path, # of a file or folder; parent folders are created, an old one is replaced
-):                 # yields a temporary path beside it: make the file or folder there
-    "What is made there appears as `path`, complete or not at all; `OSError` if that fails"
+def new_path(path:str|Path): # of a file or folder: parent folders are created, an old one replaced
+    "Make a file or folder at the path that this yields: it becomes `path`, complete or not at all"
     path = Path(path)
     part, old = (path.with_name(f'.{path.name}.{os.getpid()}{end}.part') for end in ('', '.old'))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,9 +90,9 @@ def new_path(
         if old.exists() and not path.exists(): os.rename(old, path)
         for p in part, old: shutil.rmtree(p, True) if p.is_dir() else p.unlink(missing_ok=True)
 
-def write_files(folder:str|Path, files:dict): # `files`: name -> bytes
-    "Replace files in a folder, each completely or not at all; `OSError` if that fails"
-    with ExitStack() as stack: # renames them, in order, when all are written
+def write_files(folder:str|Path, files:dict): # name -> bytes
+    "Replace files, each completely or not at all; `OSError` if that fails"
+    with ExitStack() as stack: # when all are written, it renames them in order
         for name in reversed(files):
             stack.enter_context(new_path(Path(folder)/name)).write_bytes(files[name])
 
@@ -106,15 +100,12 @@ def write_files(folder:str|Path, files:dict): # `files`: name -> bytes
 _FORMAT, _VERSION, _SUMS = 'miniai checkpoint', 2, 'SHA256SUMS'
 _WEIGHTS, _STATE, _MANIFEST = _FILES = 'weights.safetensors', 'state.safetensors', 'manifest.json'
 
-Checkpoint = namedtuple('Checkpoint', 'weights state manifest path')
-
-class _Damaged(ValueError): "A file is missing or was changed; an older checkpoint may do"
-
-def _sums(folder, names):
-    "A line of `SHA256SUMS` per file; reads the files in pieces"
-    def sha(name):
-        with open(folder/name, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-    return [f'{sha(name)}  {name}' for name in names]
+def _sums(folder, names=_FILES):
+    "A line of `SHA256SUMS` per file; a file is read in pieces"
+    def line(name):
+        with open(folder/name, 'rb') as f:
+            return f'{hashlib.file_digest(f, "sha256").hexdigest()}  {name}\n'
+    return [line(name) for name in names]
 
 def _write_tensors(path, tensors):
     "A safetensors file; only tensors that share memory or are on another device are copied"
@@ -122,33 +113,33 @@ def _write_tensors(path, tensors):
     seen, plain = set(), {}
     for k, t in tensors.items():
         t = t.detach().cpu().contiguous()
-        memory = t.untyped_storage().data_ptr()
-        plain[k] = t.clone() if memory in seen else t
+        plain[k] = t.clone() if (memory := t.untyped_storage().data_ptr()) in seen else t
         seen.add(memory)
     save_file(plain, path)
 
 def _write_rest(folder, state):
     "In a folder that has the weights: the state, the manifest, and the checksums"
     tensors, about = {}, {k: state['learner'][k] for k in ('epochs_done', 'batches_done', 'steps')}
-    about['made_by'] = f'miniai {__version__}, torch {torch.__version__}'
     packed = {k: pack(v, tensors, k) for k, v in state.items()}
     _write_tensors(folder/_STATE, tensors)
-    manifest = {'format': _FORMAT, 'version': _VERSION, **about, 'state': packed}
+    manifest = {'format': _FORMAT, 'version': _VERSION, 'miniai': __version__,
+                'torch': torch.__version__, **about, 'state': packed}
     (folder/_MANIFEST).write_text(json.dumps(manifest, indent=1), encoding='utf-8')
-    (folder/_SUMS).write_text(''.join(f'{line}\n' for line in _sums(folder, _FILES)))
+    (folder/_SUMS).write_text(''.join(_sums(folder)))
 
 # %% ../nbs/09_checkpoints.ipynb #f0c3d9b4
+Checkpoint = namedtuple('Checkpoint', 'weights state manifest path')
+class _Damaged(ValueError): "A file is missing or was changed; an older checkpoint may do"
+
 def _verify(path, names=_FILES):
     "`_Damaged` if a file of a checkpoint does not have its checksum"
     if not path.is_dir(): raise FileNotFoundError(f'{path}: no such folder, so no checkpoint')
-    try: wrong = {*_sums(path, names)}.difference((path/_SUMS).read_text().splitlines())
+    try: wrong = {*_sums(path, names)}.difference((path/_SUMS).read_text().splitlines(True))
     except (OSError, ValueError) as e:
         raise _Damaged(f'{path}: damaged, or not a checkpoint ({e})') from None
     if wrong: raise _Damaged(f'{path}: {min(wrong).split()[1]} is damaged: its checksum is wrong')
 
-def read_checkpoint(
-    path:str|Path, # the folder of one checkpoint
-)->Checkpoint:     # named tuple: weights, a dict of tensors; state, a dict; manifest, a dict; path
+def read_checkpoint(path:str|Path)->Checkpoint: # a folder; weights, state, manifest (dicts), path
     "Verify and read, without running anything from the files; `ValueError` if damaged or foreign"
     from safetensors.torch import load_file
     _verify(path := Path(path))
@@ -169,10 +160,9 @@ def load_weights(path:str|Path)->dict: # the folder of one checkpoint; name -> t
 def _callbacks(learn)->dict:
     "Callbacks by name: of the running fit, or the learner's own; a second `EMACB` is `EMACB 2`"
     names = {}
-    for cb in learn.running_cbs or sorted(learn.cbs, key=lambda cb: cb.order):
-        name = type(cb).__name__
-        k = sum(n.split()[0] == name for n in names) + 1
-        names[name if k == 1 else f'{name} {k}'] = cb
+    for cb in learn.running_cbs or learn.cbs:
+        k = sum(type(c) is type(cb) for c in names.values()) + 1
+        names[type(cb).__name__ + f' {k}'*(k > 1)] = cb
     return names
 
 def _describe(learn)->dict:
@@ -191,10 +181,10 @@ def _check(learn, found, resume):
     saved, own, at = found.state['run'], _describe(learn), found.state['learner']
     wrong = [f'{k} is {saved.get(k, "absent")}, here it is {own.get(k, "absent")}'
              for k in saved | own if saved.get(k) != own.get(k) and (resume or 'loader' not in k)]
-    if resume:
-        wrong += [f'the state of {name} would be lost; add this callback' for name, s in
-                  found.state['callbacks'].items() if s and name not in _callbacks(learn)
-                  and name.split()[0] != 'CheckpointCB'] # another way to save is allowed
+    if resume: # a run may go on without its CheckpointCB
+        lost = {k for k, s in found.state['callbacks'].items() if s and k != 'CheckpointCB'}
+        lost = sorted(lost - {*_callbacks(learn)})
+        if lost: wrong.append(f'the state of {", ".join(lost)} would be lost; add the callback')
         epoch = at['epochs_done'] + (at['batches_done'] > 0)
         if epoch > learn.epochs: wrong.append(f'it is from epoch {epoch}, but this fit ends with '
                                               f'epoch {learn.epochs}; fit more epochs')
@@ -245,17 +235,17 @@ Learner.save, Learner.load = save_checkpoint, load_checkpoint
 # %% ../nbs/09_checkpoints.ipynb #80801b2a
 def list_checkpoints(folder:str|Path)->list: # the folder of a run, it may be missing; paths
     "The checkpoints in a folder, `checkpoint-000001` and so on, oldest first"
-    found = [p for p in Path(folder).glob('checkpoint-*') if re.fullmatch(r'\D+-\d+', p.name)]
-    return sorted((p for p in found if p.is_dir()), key=lambda p: int(p.name.split('-')[1]))
+    found = {p: p.name[11:] for p in Path(folder).glob('checkpoint-*') if p.is_dir()}
+    return sorted((p for p in found if found[p].isdigit()), key=lambda p: int(found[p]))
 
 def _newest(folder):
-    "What `newest_checkpoint` finds, read"
+    "The newest intact checkpoint, read; a warning or `ValueError` names damaged ones"
     damaged = []
     for path in reversed(list_checkpoints(folder)):
         try: found = read_checkpoint(path)
         except _Damaged as e: damaged.append(str(e))
         else:
-            if damaged: warnings.warn(f'using {path}, as newer ones are damaged: {damaged}', stacklevel=3)
+            if damaged: warnings.warn(f'using {path}; newer are damaged: {damaged}', stacklevel=3)
             return found
     if damaged: raise ValueError(f'all checkpoints in {folder} are damaged: {damaged}')
 
@@ -277,10 +267,7 @@ class _Resume(Callback):
         learn.cbs.remove(self)
         load_checkpoint(learn, self.found, resume=True)
 
-def resume(
-    learn,           # a `Learner`
-    folder:str|Path, # the folder of a run
-)->Path|None:        # the checkpoint; None if there is none, and then the next fit starts anew
+def resume(learn, folder:str|Path)->Path|None: # the folder of a run; None if it has no checkpoint
     "Make the next fit continue from the newest intact checkpoint; also `learn.resume(folder)`"
     if (found := _newest(folder)) is None: return None
     load_checkpoint(learn, found)
@@ -294,20 +281,14 @@ Learner.resume = resume
 def lock_folder(folder:str|Path): # created if necessary; the lock is the file `.lock` in it
     "Lock a folder in a `with`, while the process lives; `BlockingIOError` if another run holds it"
     from filelock import FileLock, Timeout
-    file, process = Path(folder)/'.lock', '?'
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file, timeout=0)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(folder)/'.lock', timeout=0)
     try: lock.acquire()
     except Timeout:
-        with suppress(OSError): process = file.read_text()
-        raise BlockingIOError(f'{folder} is in use by another run, process {process}; '
-                              'use another folder') from None
+        raise BlockingIOError(f'{folder} is in use by another run; use another folder') from None
     except (OSError, NotImplementedError) as e:
         if getattr(e, 'errno', errno.ENOSYS) not in _UNAVAILABLE: raise
-        warnings.warn(f'this file system cannot lock {folder} ({e}): start no second run there',
-                      stacklevel=4)
-    else:
-        with suppress(OSError): file.write_text(str(os.getpid()))
+        warnings.warn(f'this disk has no locks ({e}): do not start {folder} twice', stacklevel=4)
     try: yield
     finally: lock.release()
 
@@ -320,28 +301,35 @@ class StopSignals:
 
     def __enter__(self):
         self.caught = None
-        if threading.current_thread() is not threading.main_thread(): return self
-        for number in signal.SIGINT, signal.SIGTERM:
-            if signal.getsignal(number) not in (None, signal.SIG_IGN): self._set(number, self._note)
+        if threading.current_thread() is threading.main_thread():
+            for number in signal.SIGINT, signal.SIGTERM: self._set(number, self._note)
         return self
 
-    def _set(self, number, handler): self._before[number] = signal.signal(number, handler)
+    def _set(self, number, handler):
+        if signal.getsignal(number) in (None, signal.SIG_IGN): return
+        self._before.setdefault(number, signal.signal(number, handler))
 
     def _note(self, number, frame):
         self.caught = self.caught or number
         if signal.SIGINT in self._before: signal.signal(signal.SIGINT, self._before[signal.SIGINT])
-        child = getattr(signal, 'SIGCHLD', None) # workers die, too: PyTorch's handler would raise
-        if child and callable(signal.getsignal(child)): self._set(child, signal.SIG_DFL)
+        if hasattr(signal, 'SIGCHLD'): self._set(signal.SIGCHLD, signal.SIG_DFL) # dead workers
 
     def __exit__(self, *error):
         while self._before: signal.signal(*self._before.popitem())
 
-    def exception(self, text:str): # says what was done
-        "What to raise when the work is saved: `KeyboardInterrupt`, or `SystemExit(143)`"
-        if self.caught == signal.SIGINT: return KeyboardInterrupt(text)
-        return SystemExit(128 + signal.SIGTERM)
+    def obey(self, text:str): # says what was done
+        "After the `with`: call the handler; by default `KeyboardInterrupt` or `SystemExit(143)`"
+        handler = signal.getsignal(self.caught)
+        if handler not in (signal.default_int_handler, signal.SIG_DFL): handler(self.caught, None)
+        raise KeyboardInterrupt(text) if self.caught == signal.SIGINT else SystemExit(143)
 
 # %% ../nbs/09_checkpoints.ipynb #8d1c5fa2
+def _remove(path):
+    "Remove a folder; if that fails, only warn"
+    try: shutil.rmtree(path)
+    except OSError as e:
+        warnings.warn(f'CheckpointCB: could not remove {path} ({e}); the run goes on')
+
 class _Numbered(Callback):
     "The numbered checkpoints of a run: saves the next one and removes old ones"
     def __init__(self,
@@ -355,14 +343,15 @@ class _Numbered(Callback):
         for name, n in ('every', every), ('keep', keep):
             if not (hasattr(n, '__index__') and n >= 1 or (name, n) == ('every', None)):
                 raise ValueError(f'CheckpointCB: {name} is {n!r}, must be an integer of 1 or more')
-        ends = {'loss': 'min', 'accuracy': 'max'}
-        self.mode = mode or ends.get((keep_best or 'loss').split('_')[-1])
-        if self.mode not in ('min', 'max'):
-            raise ValueError(f"CheckpointCB: mode is {mode!r}, needs 'min' or 'max' for {keep_best}")
+        if keep_best and mode is None:
+            mode = {'loss': 'min', 'accuracy': 'max'}.get(keep_best.split('_')[-1])
+        if keep_best and mode not in ('min', 'max'):
+            raise ValueError(f"CheckpointCB: mode is {mode!r}, must be 'min' if a smaller "
+                             f"{keep_best} is better, or 'max' if a larger one is")
         self.folder, self.every, self.keep, self.resume = Path(folder), every, keep, resume
-        self.keep_best, self.signals, self.saved = keep_best, StopSignals(), None # path of the last
+        self.keep_best, self.mode, self.signals = keep_best, mode, StopSignals()
         self.batches, self.fits = 0, []      # training batches; the records of fits that have ended
-        self.best, self.best_value = None, None # the name of the best checkpoint; its entry
+        self.best = self.best_value = None   # the name of the best checkpoint; its entry
         self._open, self._look, self._found = None, True, None
 
     def state_dict(self):
@@ -381,12 +370,12 @@ class _Numbered(Callback):
         "Save the next checkpoint and remove the oldest; after Ctrl-C or SIGTERM, end the fit"
         looked = [*learn.model.state_dict().values(), *(learn.losses if learn.batches_done else ())]
         if not all(t.isfinite().all() for t in looked):
-            raise FloatingPointError('CheckpointCB: weights or losses are not finite, so nothing was '
-                                     'saved; earlier checkpoints stay. Look with NaNGuardCB')
+            raise FloatingPointError('CheckpointCB: weights or losses are not finite, so nothing '
+                                     'was saved; earlier checkpoints stay. Look with NaNGuardCB')
         old = list_checkpoints(self.folder)
-        path = self.folder/f'checkpoint-{int(old[-1].name.split("-")[1]) + 1 if old else 1:06}'
+        path = self.folder/f'checkpoint-{int(old[-1].name[11:]) + 1 if old else 1:06}'
         if best: self.best, self.best_value = path.name, learn.record[self.keep_best]
-        try: self.saved = save_checkpoint(learn, path)
+        try: save_checkpoint(learn, path)
         except OSError as e:
             last = f'the last good checkpoint is {old[-1]}' if old else 'there is no checkpoint yet'
             raise OSError(f'CheckpointCB: could not save in {self.folder} ({e}); {last}') from e
@@ -396,12 +385,6 @@ class _Numbered(Callback):
             self._stopped = f'stopped after {learn.where()}, saved in {path}'
             raise CancelFit
 
-def _remove(path):
-    "Remove a folder; if that fails, only warn"
-    try: shutil.rmtree(path)
-    except OSError as e:
-        warnings.warn(f'CheckpointCB: {path} could not be removed ({e}); the run goes on')
-
 # %% ../nbs/09_checkpoints.ipynb #e5442e83
 class CheckpointCB(_Numbered):
     """Saves a run regularly, in numbered checkpoints, and resumes from the newest one.
@@ -409,9 +392,8 @@ class CheckpointCB(_Numbered):
     Ctrl-C or SIGTERM saves after the running batch and ends the fit; a second Ctrl-C acts at once.
     `OSError` if a checkpoint cannot be written, `FloatingPointError` if weights or losses are not
     finite: the last good one stays. The newest one holds the final weights, also after early
-    stopping. It saves the state of all callbacks, so it comes after them. Give them to the learner,
-    not to `fit`: callbacks of a fit that had ended are not restored."""
-    order = 3000
+    stopping. Give it and other callbacks to the learner: those of `fit` are lost in a restart."""
+    order = 3000 # after all others, so that it saves their state
 
     def before_fit(self, learn):
         if not learn.will_train: return
@@ -420,18 +402,17 @@ class CheckpointCB(_Numbered):
         for held in lock_folder(self.folder), self.signals: self._open.enter_context(held)
         for litter in self.folder.glob('.checkpoint-*.part'): _remove(litter)
         resumed = any(isinstance(cb, _Resume) for cb in learn.running_cbs) # by `learn.resume`
-        if self._look and not resumed:
-            self._found = _newest(self.folder)
-            if self._found and not self.resume:
-                raise FileExistsError(f'CheckpointCB: {self.folder} already has checkpoints; '
-                                      'set resume=True to continue, or choose another folder')
+        if self._look and not resumed: self._found = _newest(self.folder)
+        if self._look and self._found and not self.resume:
+            raise FileExistsError(f'CheckpointCB: {self.folder} already has checkpoints; '
+                                  'set resume=True to continue, or choose another folder')
         self._look = False
         if self._found: self._go_on(learn)
 
     def _go_on(self, learn):
         "Continue the interrupted fit; skip a fit that had ended"
         fits = self._found.state['callbacks'].get('CheckpointCB', {}).get('fits', [])
-        self.saved, skip = self._found.path, len(fits) > len(self.fits)
+        skip = len(fits) > len(self.fits)
         load_checkpoint(learn, self._found, resume=not skip)
         if skip:
             learn.records, self._ended = fits[len(self.fits)], True
@@ -459,7 +440,7 @@ class CheckpointCB(_Numbered):
         if self._new and (at == 0 or learn.training and at == self._done): self._save(learn)
 
     def _lost_workers(self):
-        "Did Ctrl-C or SIGTERM, sent to a group of processes, end the workers of a loader?"
+        "Did the signal, sent to a group of processes, end the workers of a loader?"
         return self.signals.caught and 'DataLoader worker' in str(sys.exc_info()[1])
 
     def cleanup_fit(self, learn):
@@ -469,5 +450,4 @@ class CheckpointCB(_Numbered):
         self._open = None
         if self._ended: self.fits.append([*learn.records])
         else: self._look = self.resume
-        said = self._stopped or 'stopped at the end of the fit'
-        if stop: raise self.signals.exception(said) from None
+        if stop: self.signals.obey(self._stopped or 'stopped at the end of the fit')
