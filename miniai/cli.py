@@ -266,7 +266,7 @@ class _Parser(argparse.ArgumentParser):
 _NUMBERS = {'epochs': (1, 10_000, 'passes over the training set'), 'bs': (1, 10**6, 'batch size'),
             'lr': (1e-9, 1e6, 'learning rate'), 'hidden': (1, 10_000, 'width of the hidden layer'),
             'seed': (0, 2**63 - 1, 'for the initial weights and the order of the examples'),
-            'threads': (1, 1024, '1 below 1,000 hidden units, otherwise up to 4')}
+            'threads': (1, 1024, '(default: 1 below 1,000 hidden units, otherwise up to 4)')}
 
 def _parse_train(argv):
     "A dict of the arguments that were typed"
