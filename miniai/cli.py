@@ -415,14 +415,15 @@ def _train_into(out, args, info):
 
     class Keep(Callback):
         def after_epoch(self, learn):
-            info['epochs'] = learn.records
-            save_run(out, learn.model, info)
+            save_run(out, learn.model, info | {'epochs': learn.records})
+            info['epochs'] = [*learn.records]  # saved
 
     cbs = [Keep(), CheckpointCB(saves, keep=2, resume=True)]
     threads = torch.get_num_threads()
     torch.set_num_threads(args['threads'])
     try:
         net, records = train_net(splits, **{k: args[k] for k in _RECIPE}, cbs=cbs)
+        info['epochs'] = [r._asdict() for r in records]
         _finish(out, info, net, records, splits.test)
     except BaseException as e:
         if isinstance(e, FloatingPointError) or not list_checkpoints(saves): _drop(saves)
@@ -456,7 +457,7 @@ def _train(typed):
             args = _arguments(out, typed, resume, overwrite)
             return _train_into(out, args, info) if args else None
     except BlockingIOError: raise
-    except (SystemExit, KeyboardInterrupt, FloatingPointError, OSError) as e:
+    except (SystemExit, KeyboardInterrupt, FloatingPointError, ValueError, OSError) as e:
         why, status = _outcome(e)
     finally:
         with suppress(OSError):
