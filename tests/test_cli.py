@@ -138,7 +138,8 @@ def test_help_and_version(tmp_path):
     help = ' '.join(train('-h', cwd=tmp_path).stdout.split())
     for option in 'data sample epochs bs lr hidden engine seed threads out overwrite resume version'.split(): assert f'--{option}' in help
     assert help.count('(default: ') == 10
-    done = subprocess.run([sys.executable, '-c', 'import sys, miniai.cli; print([m for m in ("torch", "numpy", "matplotlib") if m in sys.modules])'],
+    code = 'import sys, miniai.cli; print([m for m in ("torch", "numpy", "matplotlib") if m in sys.modules])'
+    done = subprocess.run([sys.executable, '-c', code],
                           env=ENV, capture_output=True, text=True)
     assert done.stdout == '[]\n'
 
@@ -607,7 +608,8 @@ def test_predicts_in_a_process(tmp_path, net):
     lines = [re.fullmatch(r'(\d+\.\w+): (\d) \(([01]\.\d\d)\)', line) for line in done.stdout.splitlines()]
     assert done.returncode == 0 and [m[1] for m in lines] == names
     probs = cli.probabilities(cli.load_net(net/'weights.safetensors')[0], x[:10])
-    assert [m[2] for m in lines] == [str(k) for k in probs.argmax(1).tolist()] and [m[3] for m in lines] == [f'{p:.2f}' for p in probs.amax(1)]
+    assert [m[2] for m in lines] == [str(k) for k in probs.argmax(1).tolist()]
+    assert [m[3] for m in lines] == [f'{p:.2f}' for p in probs.amax(1)]
 
 
 def test_prepared_images():
