@@ -78,7 +78,7 @@ def _sync(path):
 def new_path(path:str|Path): # of a file or folder: parent folders are created, an old one replaced
     "Make a file or folder at the path that this yields: it becomes `path`, complete or not at all"
     path = Path(path)
-    part, old = (path.with_name(f'.{path.name}.{os.getpid()}{end}.part') for end in ('', '.old'))
+    part, old = (path.with_name(f'.{path.name}.{os.urandom(4).hex()}.part') for _ in range(2))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
@@ -109,13 +109,15 @@ def _sums(folder, names=_FILES):
 
 def _write_tensors(path, tensors):
     "A safetensors file; only tensors that share memory or are on another device are copied"
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     seen, plain = set(), {}
     for k, t in tensors.items():
         t = t.detach().cpu().contiguous()
         plain[k] = t.clone() if (memory := t.untyped_storage().data_ptr()) in seen else t
         seen.add(memory)
-    save_file(plain, path)
+    try: save_file(plain, path)
+    except SafetensorError as e: raise OSError(f'{path.name}: {e}') from None # a full disk
 
 def _write_rest(folder, state):
     "In a folder that has the weights: the state, the manifest, and the checksums"
@@ -172,8 +174,8 @@ def _describe(learn)->dict:
     groups = [len(g['params']) for g in opt.param_groups]
     found['the optimiser'] = f'{type(opt).__name__} with groups of {groups} parameters'
     for name, dl in zip(('training', 'validation'), learn.dls):
-        examples = getattr(dl, 'dataset', None)
-        found[f'the {name} loader'] = f'{size(dl)} batches of {size(examples)} examples'
+        words = f'{size(dl)} batches of {size(getattr(dl, "dataset", None))} examples'
+        found[f'the {name} loader'] = 'absent' if dl is None else words
     return found
 
 def _check(learn, found, resume):
@@ -182,7 +184,7 @@ def _check(learn, found, resume):
     wrong = [f'{k} is {saved.get(k, "absent")}, here it is {own.get(k, "absent")}'
              for k in saved | own if saved.get(k) != own.get(k) and (resume or 'loader' not in k)]
     if resume: # a run may go on without its CheckpointCB
-        lost = {k for k, s in found.state['callbacks'].items() if s and k != 'CheckpointCB'}
+        lost = {k for k, s in found.state['callbacks'].items() if s and 'saves' not in s}
         lost = sorted(lost - {*_callbacks(learn)})
         if lost: wrong.append(f'the state of {", ".join(lost)} would be lost; add the callback')
         epoch = at['epochs_done'] + (at['batches_done'] > 0)
@@ -255,8 +257,12 @@ def newest_checkpoint(
 )->Path|None:        # None if there is none
     "The newest intact checkpoint; a warning names damaged ones, `ValueError` if all are damaged"
     if (found := _newest(folder)) is None: return None
-    name = found.state['callbacks'].get('CheckpointCB', {}).get('best') if best else found.path.name
+    name = _saver(found).get('best') if best else found.path.name
     return name and Path(folder)/name
+
+def _saver(found):
+    "The state of the `CheckpointCB` that saved a checkpoint; a learner may have several"
+    return next((s for s in found.state['callbacks'].values() if s.get('saves')), {})
 
 class _Resume(Callback):
     "Makes the next training fit continue from a checkpoint, and removes itself"
@@ -266,6 +272,7 @@ class _Resume(Callback):
         if not learn.will_train: return
         learn.cbs.remove(self)
         load_checkpoint(learn, self.found, resume=True)
+        self.found = None # frees the memory
 
 def resume(learn, folder:str|Path)->Path|None: # the folder of a run; None if it has no checkpoint
     "Make the next fit continue from the newest intact checkpoint; also `learn.resume(folder)`"
@@ -317,7 +324,7 @@ class StopSignals:
     def __exit__(self, *error):
         while self._before: signal.signal(*self._before.popitem())
 
-    def obey(self, text:str): # says what was done
+    def deliver(self, text:str): # says what was done
         "After the `with`: call the handler; by default `KeyboardInterrupt` or `SystemExit(143)`"
         handler = signal.getsignal(self.caught)
         if handler not in (signal.default_int_handler, signal.SIG_DFL): handler(self.caught, None)
@@ -328,7 +335,8 @@ def _remove(path):
     "Remove a folder; if that fails, only warn"
     try: shutil.rmtree(path)
     except OSError as e:
-        warnings.warn(f'CheckpointCB: could not remove {path} ({e}); the run goes on')
+        warnings.warn(f'CheckpointCB: could not remove {path} ({e}); the run goes on',
+                      stacklevel=3)
 
 class _Numbered(Callback):
     "The numbered checkpoints of a run: saves the next one and removes old ones"
@@ -352,13 +360,13 @@ class _Numbered(Callback):
         self.keep_best, self.mode, self.signals = keep_best, mode, StopSignals()
         self.batches, self.fits = 0, []      # training batches; the records of fits that have ended
         self.best = self.best_value = None   # the name of the best checkpoint; its entry
-        self._open, self._look, self._found = None, True, None
+        self.saves, self._open, self._look, self._found = False, None, True, None
 
     def state_dict(self):
-        return {k: getattr(self, k) for k in ('batches', 'fits', 'best', 'best_value')}
+        return {k: getattr(self, k) for k in ('batches', 'fits', 'best', 'best_value', 'saves')}
 
     def load_state_dict(self, state_dict):
-        vars(self).update(state_dict)
+        vars(self).update(state_dict, saves=False)
         if self.best and not (self.folder/self.best).exists(): self.best = self.best_value = None
 
     def _is_best(self, record):
@@ -375,12 +383,13 @@ class _Numbered(Callback):
         old = list_checkpoints(self.folder)
         path = self.folder/f'checkpoint-{int(old[-1].name[11:]) + 1 if old else 1:06}'
         if best: self.best, self.best_value = path.name, learn.record[self.keep_best]
+        self.saves = True                    # this one, not another CheckpointCB
         try: save_checkpoint(learn, path)
         except OSError as e:
             last = f'the last good checkpoint is {old[-1]}' if old else 'there is no checkpoint yet'
             raise OSError(f'CheckpointCB: could not save in {self.folder} ({e}); {last}') from e
-        for p in [*old, path][:-self.keep]:
-            if p.name != self.best: _remove(p)
+        finally: self.saves = False
+        for p in (p for p in [*old, path][:-self.keep] if p.name != self.best): _remove(p)
         if self.signals.caught and not self._ended:
             self._stopped = f'stopped after {learn.where()}, saved in {path}'
             raise CancelFit
@@ -411,7 +420,7 @@ class CheckpointCB(_Numbered):
 
     def _go_on(self, learn):
         "Continue the interrupted fit; skip a fit that had ended"
-        fits = self._found.state['callbacks'].get('CheckpointCB', {}).get('fits', [])
+        fits = _saver(self._found).get('fits', [])
         skip = len(fits) > len(self.fits)
         load_checkpoint(learn, self._found, resume=not skip)
         if skip:
@@ -419,15 +428,15 @@ class CheckpointCB(_Numbered):
             raise CancelFit
         self._found = None
 
-    def before_train(self, learn): self._done = 0
+    def before_train(self, learn): self._new, self._skipped = True, 0
 
     def after_batch(self, learn):
         if not learn.training: return
-        self.batches, self._done, self._new = self.batches + 1, learn.batches_done, True
+        self.batches, self._skipped = self.batches + 1, learn.batches_done - len(learn.losses)
         if self.signals.caught or self.every and self.batches % self.every == 0: self._save(learn)
 
     def cleanup_train(self, learn):
-        if self._lost_workers() and learn.batches_done == self._done > 0: self._save(learn)
+        if self._lost_workers() and learn.batches_done and self._between(learn): self._save(learn)
 
     def after_epoch(self, learn):
         if not learn.will_train: return
@@ -436,8 +445,13 @@ class CheckpointCB(_Numbered):
 
     def after_fit(self, learn):
         if self._open is None or self._stopped: return
-        self._ended, at = True, learn.batches_done
-        if self._new and (at == 0 or learn.training and at == self._done): self._save(learn)
+        self._ended = True
+        if self._new and self._between(learn): self._save(learn)
+
+    def _between(self, learn):
+        "Is the run between two training batches or two epochs, so that it can be resumed there?"
+        open_batches = learn.batches_done - len(learn.losses) - self._skipped
+        return not learn.batches_done or learn.training and not open_batches
 
     def _lost_workers(self):
         "Did the signal, sent to a group of processes, end the workers of a loader?"
@@ -450,4 +464,5 @@ class CheckpointCB(_Numbered):
         self._open = None
         if self._ended: self.fits.append([*learn.records])
         else: self._look = self.resume
-        if stop: self.signals.obey(self._stopped or 'stopped at the end of the fit')
+        said = 'stopped at the end of the fit' if self._ended else 'stopped, nothing was saved'
+        if stop: self.signals.deliver(self._stopped or said)
