@@ -29,11 +29,8 @@ _CLASSES = {'mnist': tuple('0123456789'),
             'fashion_mnist': ('T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt',
                               'sneaker', 'bag', 'boot')}
 
-def make_net(
-    hidden:int=200,    # width of the hidden layer
-    engine:str='ours', # 'ours': miniai's own modules; 'torch': torch.nn
-):                     # maps pixels `(n,784)` to logits `(n,10)`
-    "Linear, ReLU, Linear, with weights from the global random state"
+def make_net(hidden:int=200, engine:str='ours'): # 'ours': miniai's modules; 'torch': torch.nn
+    "Linear, ReLU, Linear: pixels `(n,784)` to logits `(n,10)`; draws from the global random state"
     nn = importlib.import_module({'ours': 'miniai.module', 'torch': 'torch.nn'}[engine])
     return nn.Sequential(nn.Linear(784, hidden), nn.ReLU(), nn.Linear(hidden, 10))
 
@@ -224,9 +221,8 @@ def _crop_to_ink(img, size=400):
     rows, cols = (np.flatnonzero((ink >= ink.max()/2).any(d)) for d in (1, 0))
     (top, bottom), (left, right) = ((n[0]*k, (n[-1] + 1)*k) for n in (rows, cols))
     margin = max(bottom - top, right - left)/2 + 2*k
-    low = (round(max(0, n - margin)) for n in (left, top))
-    high = (round(min(n + margin, m)) for n, m in zip((right, bottom), img.size))
-    return img.crop((*low, *high))
+    box = np.array([left - margin, top - margin, right + margin, bottom + margin])
+    return img.crop(box.clip(0, [*img.size, *img.size]).round().astype(int).tolist())
 
 def prepare_image(
     img,         # a Pillow image in mode 'L', as from `read_image`
@@ -453,7 +449,7 @@ def _train(typed):
     out = _run_folder(out, typed.get('data', 'mnist'))
     try:
         with lock_folder(out), ExitStack() as stack:
-            stack.callback((out/'.lock').unlink)
+            stack.callback((out/'.lock').unlink, missing_ok=True)
             args = _arguments(out, typed, resume, overwrite)
             return _train_into(out, args, info) if args else None
     except BlockingIOError: raise
