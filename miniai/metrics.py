@@ -76,7 +76,7 @@ class Mean(Metric):
 
     def compute(self)->Tensor: # 0-d float64
         "The mean; `ValueError` if there were no examples, or batches whose value is not finite"
-        n, bad = (0, 0) if self.sums is None else self.sums[1:].tolist()
+        n, bad = [0]*2 if self.sums is None else self.sums[1:].tolist()
         self._check(n, (bad, 'examples are in batches whose value is nan or inf'))
         return self.sums[0]/self.sums[1]
 
