@@ -50,6 +50,12 @@ digits = mnist(sample=True)
 train_ds, valid_ds = Dataset(digits.train.x[:300], digits.train.y[:300]), Dataset(digits.valid.x[:100], digits.valid.y[:100])
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    "In this process; the processes that are killed wait for it"
+    monkeypatch.setattr(os, 'fsync', lambda fd: None)
+
+
 class Stop(Callback):
     "Ends the fit, as an error would, after a training batch of the second epoch"
     order = 2000
