@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'EVENTS', 'CancelFit', 'CancelEpoch', 'CancelBatch', 'CancelStep', 'Callback', 'random_state',
-           'set_random_state', 'Summary', 'Learner']
+           'set_random_state', 'check_replayable', 'to_device', 'Summary', 'Learner']
 
 # %% ../nbs/05_learner.ipynb #cfa0457b
+import copy
 import difflib
 import operator
 import random
@@ -17,68 +18,63 @@ from itertools import islice
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .training import SGD, check_loss_func, check_opt, mean_loss
+from .training import (SGD, DataLoader, Dataset, ItemLoader, check_loss_func, check_opt,
+                             check_shapes, mean_loss)
 
 # %% ../nbs/05_learner.ipynb #f3b25df7
-PHASES = 'fit', 'epoch', 'train', 'validate', 'batch', 'predict', 'get_loss', 'backward', 'step', 'zero_grad'
+PHASES = ('fit', 'epoch', 'train', 'validate', 'evaluate', 'batch',
+          'forward', 'get_loss', 'backward', 'step', 'zero_grad')
 EVENTS = tuple(f'{when}_{phase}' for phase in PHASES for when in ('before', 'after', 'cleanup'))
 
-
-class CancelFit(Exception): "Raise it in a callback to end the fit: no later epoch follows, and `after_fit` is skipped"
-class CancelEpoch(Exception): "Raise it in a callback to end the epoch at once: no validation, and no record of the epoch"
-class CancelBatch(Exception): "Raise it in a callback to skip the rest of the batch; existing gradients are kept"
-class CancelStep(Exception): "Raise it in `before_step` to skip the step and `zero_grad`; the next batch adds to the gradients"
+class CancelFit(Exception): "Raise it to end the fit: no epoch follows, and `after_fit` is called"
+class CancelEpoch(Exception): "Raise it to end the epoch at once: no validation, and no record"
+class CancelBatch(Exception): "Raise it to skip the rest of the batch; the gradients stay"
+class CancelStep(Exception): "Raise it in `before_step` to skip `step` and `zero_grad`"
 
 _CANCELS = {'fit': CancelFit, 'epoch': CancelEpoch, 'batch': CancelBatch, 'update': CancelStep}
 
 # %% ../nbs/05_learner.ipynb #a9b98a10
 class Callback:
-    """Code that runs at chosen moments of a fit: a subclass has methods named after events, each called with the learner.
+    """Code that runs at chosen moments of a fit: methods named after events, given the learner.
 
-    An event is `before_`, `after_` or `cleanup_` and one of `PHASES`. A `cleanup_` event is called in any
-    case, also after an error that occurred before this callback's own `before_` event was called."""
+    An event is `before_`, `after_` or `cleanup_` and one of `PHASES`. A `cleanup_` event is called
+    in any case, also after an error, even if this callback's `before_` event was not called."""
     order = 0              # smaller numbers are called first, and in `cleanup_` events last
-    shows_progress = False # True if it shows how the fit goes, in place of the learner's line per epoch
-    needed = False         # True if a trial run, such as a learning rate search, must keep it
+    shows_progress = False # True: shows how the fit goes, in place of the line per epoch
+    needed = False         # True: a trial run, such as a learning rate search, must keep it
 
     def __init_subclass__(cls):
         for name in vars(cls):
-            if name in EVENTS or name.startswith('_') or not callable(getattr(cls, name)): continue
-            near = difflib.get_close_matches(name, EVENTS, 1, .8)
-            if near or name.split('_')[0] in ('before', 'after', 'cleanup', 'on'):
-                hint = f'did you mean {near[0]}?' if near else f'an event is before_, after_ or cleanup_ and one of {", ".join(PHASES)}'
-                raise TypeError(f'{cls.__name__}.{name}: there is no such event; {hint}')
+            if name in EVENTS or name[0] == '_' or not callable(getattr(cls, name)): continue
+            near = difflib.get_close_matches(name, EVENTS, 1, .85)
+            if not near and not name.startswith(('before_', 'after_', 'cleanup_')): continue
+            hint = f'did you mean {near[0]}?' if near else f'the phases are {", ".join(PHASES)}'
+            raise TypeError(f'{cls.__name__}.{name}: there is no such event; {hint}')
 
     def state_dict(self)->dict: # tensors, numbers, strings, and lists and dicts of them
         "What a resumed run needs to continue as if it had not been interrupted"
         return {}
 
-    def load_state_dict(self,
-        state_dict:dict, # from `state_dict()`
-    ):
-        "Restore a saved state"
+    def load_state_dict(self, state_dict:dict):
+        "Restore a state from `state_dict()`"
 
     def __repr__(self): return type(self).__name__
 
 # %% ../nbs/05_learner.ipynb #b7f76cde
 def _in_order(cbs)->list:
     "The callbacks sorted by `order`, smallest first"
-    for cb in cbs:
-        if not isinstance(cb, Callback):
-            raise TypeError(f'Learner: cbs contains {cb!r}; every entry must be an instance of a subclass of Callback')
-    twice = {type(cb).__name__ for i, cb in enumerate(cbs) if any(cb is c for c in cbs[:i])}
-    if twice:
-        raise ValueError(f'Learner: the same {", ".join(sorted(twice))} object is given twice, '
-                         'to the learner and to fit; give it once')
+    for i, cb in enumerate(cbs):
+        if any(cb is c for c in cbs[:i]):
+            raise ValueError(f'Learner: the same {cb} object is given twice, to the learner and to fit')
     return sorted(cbs, key=lambda cb: cb.order)
 
-
 def _listeners(cbs)->dict:
-    "For each phase, the calls `(callback, event, method)` of its before, after and cleanup events"
-    at = lambda event: [(cb, event, call) for cb in cbs if (call := getattr(cb, event, None))]
-    return {phase: tuple(at(f'{when}_{phase}') for when in ('before', 'after', 'cleanup')) for phase in (*PHASES, 'update')}
-
+    "For each phase the callbacks' methods for its before, after and cleanup events"
+    at = lambda event: [call for cb in cbs if (call := getattr(cb, event, None))]
+    return {phase: tuple(at(f'{when}_{phase}') for when in ('before', 'after', 'cleanup'))
+            for phase in (*PHASES, 'update')}
 
 class _Events:
     "Phases with callbacks around them: the machinery of the learner, independent of training"
@@ -92,200 +88,81 @@ class _Events:
             work()
             if after: self._call(after)
         except _CANCELS.get(name, ()): pass
-        except Exception as e:
-            self._note(e, f'Learner.{name}')
-            raise
         finally:
             if cleanup: self._cleanup(cleanup)
 
     def _call(self, calls):
-        for cb, event, call in calls:
-            try: call(self)
-            except Exception as e:
-                self._note(e, f'{type(cb).__name__}.{event}')
-                raise
+        for call in calls: call(self)
 
     def _cleanup(self, calls):
         "Call all of them, last one first, even if one fails"
         with ExitStack() as stack:
-            for c in calls: stack.callback(self._call, [c])
-
-    def _note(self, e, who):
-        "Add a note on where an error came from, once"
-        if not isinstance(e, tuple(_CANCELS.values())) and not hasattr(e, '__notes__'): e.add_note(f'in {who}, {self.where()}')
+            for call in calls: stack.callback(call, self)
 
 # %% ../nbs/05_learner.ipynb #9cc33ce2
 def random_state(
     dls=(), # loaders; their own generators are included
-)->dict:    # tensors, lists, tuples, strings and numbers only, so that it can be saved without pickle
-    "The state of every random generator that a run may use: PyTorch's on each device in use, NumPy's, Python's, the loaders'"
+)->dict:    # tensors, lists, tuples, strings and numbers only: it can be saved without pickle
+    "The state of every random generator of a run: PyTorch's, NumPy's, Python's, the loaders'"
     kind, keys, *rest = np.random.get_state()
-    state = {'torch': torch.get_rng_state(), 'numpy': [kind, torch.from_numpy(keys.astype(np.int64)), *rest], 'python': random.getstate(),
+    state = {'torch': torch.get_rng_state(), 'python': random.getstate(),
+             'numpy': [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
              'loaders': [g.get_state() for g in _generators(dls)]}
     if torch.cuda.is_initialized(): state['cuda'] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available(): state['mps'] = torch.mps.get_rng_state()
     return state
 
-
 def set_random_state(
     state:dict, # from `random_state`
     dls=(),     # the loaders that were given to `random_state`
 ):
-    "Restore every random generator; `ValueError` if the number of the loaders' generators differs"
-    generators = _generators(dls)
-    if len(generators) != len(state['loaders']):
-        raise ValueError(f'set_random_state: the state has {len(state["loaders"])} loader generators, but dls has {len(generators)}; '
-                         'give the loaders that random_state got')
+    "Restore every random generator; `ValueError` if the loaders have another number of generators"
     kind, keys, *rest = state['numpy']
+    version, numbers, gauss = state['python']
+    for g, s in zip(_generators(dls), state['loaders'], strict=True): g.set_state(s)
     torch.set_rng_state(state['torch'])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    version, numbers, gauss = state['python']
     random.setstate((version, tuple(numbers), gauss))
-    for g, s in zip(generators, state['loaders']): g.set_state(s)
     if 'cuda' in state: torch.cuda.set_rng_state_all(state['cuda'])
     if 'mps' in state: torch.mps.set_rng_state(state['mps'])
 
-
 def _generators(dls):
     "The generators that loaders, their samplers and their datasets own, each once"
-    found = []
-    for dl in dls:
-        sampler = getattr(dl, 'batch_sampler', None)
-        for owner in dl, sampler, getattr(dl, 'sampler', None), getattr(sampler, 'sampler', None), getattr(dl, 'dataset', None):
-            g = getattr(owner, 'generator', None)
-            if isinstance(g, torch.Generator) and not any(g is f for f in found): found.append(g)
-    return found
+    owners = [*dls]
+    for name in 'batch_sampler', 'sampler', 'dataset':
+        owners += [getattr(o, name) for o in owners if hasattr(o, name)]
+    found = [g for o in owners if isinstance(g := getattr(o, 'generator', None), torch.Generator)]
+    return list(dict.fromkeys(found))
 
-# %% ../nbs/05_learner.ipynb #0c46fd6a
-class Summary(str):
-    "Text that a notebook displays without quotes; `rows` holds the numbers"
-    __repr__ = str.__str__
+def check_replayable(
+    dl, # a loader
+):
+    "`ValueError` for persistent workers: their state can be neither saved nor restored"
+    if getattr(dl, 'persistent_workers', False):
+        raise ValueError('Learner: the loader has persistent_workers=True, so its order can not be '
+                         'repeated after a trial or in a resumed run; use persistent_workers=False')
 
+# %% ../nbs/05_learner.ipynb #6e1d0a41
+class _Steps:
+    "What a subclass may replace: how a batch is read, and the five steps"
+    def inputs(self): # a tensor; a tuple or list, for `model(*x)`; or a dict, for `model(**x)`
+        "The inputs in `batch`: the first part of a pair"
+        return self._pair()[0]
 
-def _entry(name, value)->str:
-    "An entry of a record: `epoch 1`, `valid loss 0.2786`, `0.9 s`"
-    if name == 'epoch': return f'epoch {value}'
-    if name == 'seconds': return f'{value:.1f} s'
-    return f'{name.replace("_", " ")} {value:.4f}' if isinstance(value, float) else f'{name.replace("_", " ")} {value}'
+    def targets(self): # whatever the loss function takes
+        "The targets in `batch`: the second part of a pair"
+        return self._pair()[1]
 
+    def n_examples(self)->int:
+        "The number of examples in `batch`: the weight of its loss in the mean of an epoch"
+        return _length(self.targets())
 
-def _multiply_adds(layer, out)->int:
-    "The multiply-adds of one call: each output of a linear or convolutional layer is a sum with one product per weight"
-    weight = getattr(layer, 'weight', None)
-    sums = weight is not None and (hasattr(layer, 'in_features') or hasattr(layer, 'kernel_size'))
-    return out.numel()*weight[0].numel() if sums else 0
-
-def _table(found, params)->Summary:
-    "The rows of a summary as text, with the totals below"
-    frozen = sum(p.numel() for p in params if not p.requires_grad)
-    total = ('total', f'{frozen:,} frozen' if frozen else 'none frozen', '', sum(p.numel() for p in params), sum(row[4] for row in found))
-    lines = [('layer', 'kind', 'output', 'parameters', 'multiply-adds per example')]
-    lines += [(name, kind, str(shape), f'{count:,}', f'{sums:,}') for name, kind, shape, count, sums in (*found, total)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = ['  '.join(t.ljust(w) if i < 3 else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths))) for line in lines]
-    summary = Summary('\n'.join(text))
-    summary.rows = found
-    return summary
-
-# %% ../nbs/05_learner.ipynb #21b3f922
-class _Looks:
-    "The learner's methods besides training: each leaves model, modes and random generators unchanged"
-    @contextmanager
-    def _evaluating(self):
-        "Evaluation mode without gradients; restores random generators and the learner afterwards"
-        modes, kept, state = [(m, m.training) for m in self.model.modules()], (self.batch, self.preds), random_state(self.dls)
-        try:
-            self.model.eval()
-            with torch.no_grad(): yield
-        finally:
-            for m, mode in modes: m.training = mode
-            self.batch, self.preds = kept
-            set_random_state(state, self.dls)
-
-    def _scores(self, x, bs=1024):
-        "The model's outputs for the examples in `x`, `bs` at a time"
-        scores = []
-        with self._evaluating():
-            for xb in x.split(bs):
-                self.batch = xb.to(self._device()),
-                self.predict()
-                scores.append(self.preds)
-        return torch.cat(scores)
-
-    def _device(self): return next((p.device for p in self.model.parameters()), None)
-
-    def _first(self, dl):
-        "The first batch of a loader, without changing any random generator"
-        state = random_state(self.dls)
-        try: return next(iter(dl))
-        except StopIteration: raise ValueError('Learner: the loader has no batches, so there is nothing to show') from None
-        finally: set_random_state(state, self.dls)
-
-    def summary(self)->Summary: # text; `rows` has name, kind, output shape, parameters, multiply-adds per example
-        "The output shape and cost of every layer for the first training batch; does not train and has no side effects"
-        found = []
-        def look(name, layer, inputs, out):
-            found.append((name, type(layer).__name__, tuple(out.shape), sum(p.numel() for p in layer.parameters(recurse=False)),
-                          _multiply_adds(layer, out)//self.rows()))
-        with self._evaluating(), ExitStack() as hooks:
-            xb, yb = self._first(self.dls[0])
-            self.batch = xb.to(self._device()), yb
-            for name, m in self.model.named_modules():
-                if not list(m.children()) or list(m.parameters(recurse=False)):
-                    hooks.callback(m.register_forward_hook(partial(look, name)).remove)
-            self.predict()
-            return _table(found, list(self.model.parameters()))
-
-    def show_batch(self,
-        n:int=20, # how many, at most
-        **kwargs, # for `miniai.data.show_images`
-    ):            # the matplotlib `Figure`
-        "Draw the first training images with their labels; does not train"
-        from miniai.data import show_images
-        xb, yb = self._first(self.dls[0])
-        return show_images(xb[:n], yb[:n].tolist(), **kwargs)
-
-    def show_results(self,
-        n:int=20, # how many, at most
-        **kwargs, # for `miniai.data.show_images`
-    ):            # the matplotlib `Figure`
-        "Draw the first validation images with the predicted classes, mistakes in red"
-        from miniai.data import show_images
-        xb, yb = (t[:n] for t in self._first(self.dls[1] or self.dls[0]))
-        said, right = self.predict(xb).argmax(1).tolist(), yb.tolist()
-        fig = show_images(xb, [f'{s}' if s == r else f'{s}, is {r}' for s, r in zip(said, right)], **kwargs)
-        for ax, s, r in zip(fig.axes, said, right): ax.title.set_color('black' if s == r else 'red')
-        return fig
-
-# %% ../nbs/05_learner.ipynb #2234d71a
-class Learner(_Events, _Looks):
-    """Trains a model. Every step of `fit` can be changed.
-
-    A subclass may override `predict`, `get_loss`, `backward`, `step` and `zero_grad`; callbacks are called around each of them.
-    Attributes during a fit: `batch` (and `xb`, `yb`), `preds`, `loss`, `training`, `dl`, `batch_idx` (from 0), `epoch` (from 1),
-    `epochs`, `record`, `records`. At any time: `model`, `opt`, `loss_func`, `dls`, `steps` (the number of optimiser steps)."""
-    def __init__(self,
-        model,        # maps `xb` to predictions; an `nn.Module`, ours included
-        dls,          # training and validation loader; None for the second: no validation
-        loss_func,    # maps `(preds, yb)` to the mean loss of the batch, a 0-d tensor
-        opt_func=SGD, # `opt_func(params, lr=lr)` makes the optimiser when the first fit begins
-        lr:float|None=None, # learning rate; None: the optimiser's own default
-        cbs=(),       # callbacks for every fit
-    ):
-        self.train_dl, self.valid_dl = self.dls = tuple(dls)
-        self.model, self.loss_func, self.opt_func, self.lr, self.cbs = model, loss_func, opt_func, lr, list(cbs)
-        self.opt = self.batch = self.preds = self.loss = self._resume = self._replay = None
-        self.epoch = self.epochs = self.epochs_done = self.batches_done = self.batch_idx = self.steps = 0
-        self.training, self.will_train, self.progress, self.record, self.records, self.running_cbs = False, False, True, {}, [], []
-
-    # ---- the five steps
-
-    def predict(self,
-        x=None, # inputs `(n, ...)`; None: the step of a fit
-    ):          # the predictions for `x`
-        "The step: compute `preds` from the batch. With `x`: the predictions for `x`, in evaluation mode, without gradients"
-        if x is None: self.preds = self.model(self.xb)
-        else: return self._scores(x)
+    def forward(self):
+        "The step: compute `preds` from the inputs"
+        x = self.xb
+        if isinstance(x, dict): self.preds = self.model(**x)
+        elif isinstance(x, (tuple, list)): self.preds = self.model(*x)
+        else: self.preds = self.model(x)
 
     def get_loss(self):
         "The step: compute `loss` from `preds` and the targets"
@@ -304,140 +181,148 @@ class Learner(_Events, _Looks):
         self.opt.zero_grad()
 
     @property
-    def xb(self): return self.batch[0]
-
+    def xb(self): return self.inputs() if self._given is None else self._given # see `predict`
     @property
-    def yb(self): return self.batch[1]
+    def yb(self): return self.targets()
 
-    def rows(self):
-        "The number of examples in the batch: the weight of its loss in the epoch's mean"
-        return len(self.yb)
+    def _pair(self):
+        b = self.batch
+        if isinstance(b, (tuple, list)) and len(b) == 2: return b
+        found = f'tensor of shape {tuple(b.shape)}' if isinstance(b, Tensor) else type(b).__name__
+        parts = f' of {len(b)} parts' if isinstance(b, (tuple, list, dict)) else ''
+        raise ValueError(f'Learner: the batch is a {found}{parts}, must be a pair (inputs, targets), '
+                         'or override inputs() and targets() in a subclass')
 
-    # ---- the loop
+def _length(x)->int:
+    "The number of examples in a tensor, or in the first tensor of a tuple, list or dict"
+    if isinstance(x, dict): x = [*x.values()]
+    return _length(x[0]) if isinstance(x, (tuple, list)) else len(x)
 
-    def fit(self,
-        epochs:int,      # passes over the training examples; 0 does nothing
-        train:bool=True, # False: validate only
-        lr:float|None=None, # a new learning rate, from now on
-        cbs=(),          # callbacks for this fit only
-        progress:bool=True, # print one line per epoch, unless a callback shows progress
-    )->list:             # one dict per epoch: epoch, train_loss, valid_loss, entries added by callbacks, seconds
-        "Train, or continue training with the optimiser as the last fit left it; `ValueError` if there is nothing to train"
-        if not isinstance(epochs, int) or epochs < 0:
-            raise ValueError(f'Learner.fit: epochs is {epochs!r}, must be an integer, 0 or more')
-        if train and not any(p.requires_grad for p in self.model.parameters()):
-            raise ValueError('Learner.fit: no parameter of the model requires grad, so there is nothing to train')
-        if train: self.create_opt(lr).zero_grad()
-        return self._run(epochs, train, self.dls, cbs, progress)
-
-    def create_opt(self,
-        lr:float|None=None, # new learning rate of every group; None: unchanged
-    ):                      # `opt`
-        "Make the optimiser if there is none yet"
-        if lr is not None:
-            if not lr >= 0: raise ValueError(f'Learner: lr is {lr}, must be 0 or more')
-            self.lr = lr
-        if self.opt is None: self.opt = self.opt_func(self.model.parameters(), **({} if self.lr is None else {'lr': self.lr}))
-        elif lr is not None:
-            for g in self.opt.param_groups:
-                g['lr'] = lr
-                g.pop('initial_lr', None) # the starting value of an earlier schedule
-        return self.opt
-
-    def evaluate(self,
-        dl=None, # any iterable of `(xb, yb)`; None: the validation loader
-        cbs=(),  # callbacks for this pass only
-    )->dict:     # the mean loss over all examples, and the entries that callbacks add
-        "Evaluate the model without changing it"
-        if dl is None: dl = self.dls[1]
-        if dl is None: raise ValueError('Learner.evaluate: the learner has no validation loader; give a loader as dl')
-        names = 'records', 'record', 'epoch', 'epochs', 'epochs_done', 'batches_done', 'batch_idx', 'progress'
-        kept = {name: getattr(self, name) for name in names}
-        try: record = self._run(1, False, (None, dl), cbs, False)[0]
-        finally: vars(self).update(kept)
-        return {k.removeprefix('valid_'): v for k, v in record.items() if k not in ('epoch', 'seconds')}
-
-    def _run(self, epochs, train, dls, cbs, progress):
-        if self._calls is not None:
-            raise RuntimeError('Learner: a fit is already running; a callback must not start another fit or evaluation')
-        for name, dl in zip(('train_dl', 'valid_dl'), dls):
-            if dl is not None and operator.length_hint(dl, 1) == 0:
-                raise ValueError(f'Learner: {name} has no batches; its dataset is empty, or smaller than a batch with drop_last')
-        if train and dls[0] is None or not train and dls[1] is None:
-            raise ValueError(f'Learner: there is no {"training" if train else "validation"} loader')
-        check_loss_func(self.loss_func)
-        self.running_cbs = _in_order([*self.cbs, *cbs])
-        self.train_dl, self.valid_dl = dls
-        self.epochs, self.will_train, self.records, self.epochs_done, self.batches_done, self._replay = epochs, train, [], 0, 0, None
-        self.epoch, self.batch_idx, self.progress = 0, 0, progress
-        modes = [(m, m.training) for m in self.model.modules()]
+# %% ../nbs/05_learner.ipynb #5c7d21e9
+class _Keeps:
+    "Uses of the model that leave the run as it was, and the position of a run"
+    @contextmanager
+    def evaluating(self):
+        "Evaluation mode, no gradients; modes and random generators are restored on exit"
+        modes, state = [(m, m.training) for m in self.model.modules()], random_state(self.dls)
         try:
-            self._calls = _listeners(self.running_cbs)
-            self._phase('fit', self._fit)
+            with self._evaluated(), torch.no_grad():
+                self.model.eval()
+                yield
         finally:
             for m, mode in modes: m.training = mode
-            self._calls = self.batch = self.preds = self.loss = None # free the graph of the last forward pass
-            self.train_dl, self.valid_dl, self.training, self.will_train, self.running_cbs = *self.dls, False, False, []
-        return self.records
+            set_random_state(state, self.dls)
 
+    @contextmanager
+    def _evaluated(self):
+        "The phase `evaluate`, in which callbacks may swap weights; a phase inside it has no events"
+        outer, self._inside = self._inside, True
+        calls = self._calls['evaluate'] if self._calls and not outer else ((), (), ())
+        try:
+            self._call(calls[0])
+            yield
+            self._call(calls[1])
+        finally:
+            self._inside = outer
+            self._cleanup(calls[2])
+
+    def trial(self): # a learner
+        "A copy to train and throw away: model, optimiser and needed callbacks are copied, too"
+        new, needed = copy.copy(self), [cb for cb in self.cbs if cb.needed]
+        kept = self.model, self.opt, self._known, needed # together, so that they stay connected
+        new.model, new.opt, new._known, new.cbs = copy.deepcopy(kept)
+        return new
+
+    def state_dict(self)->dict: # numbers, tensors, lists and dicts
+        "Position and random state; call it in `after_batch` of a training batch or `after_epoch`"
+        random, begun = random_state(self.dls), self.batches_done > 0
+        losses = torch.stack(self.losses) if begun and self.losses else torch.empty(0)
+        return {'epochs': self.epochs, 'epochs_done': self.epochs_done, 'steps': self.steps,
+                'batches_done': self.batches_done, 'records': [*self.records], 'losses': losses,
+                'sizes': torch.tensor(self.sizes if begun else [], dtype=torch.int64),
+                'random': random, 'random_before': self._random_before if begun else random}
+
+    def load_state_dict(self,
+        state_dict:dict, # from `state_dict()`
+    ):
+        "Make the next fit continue there; the caller restores model and optimiser"
+        self._resume = state_dict
+
+    def _go_on(self):
+        at, self._resume = self._resume, None
+        for name in 'epochs_done', 'batches_done', 'steps': setattr(self, name, at[name])
+        self.records = [*at['records']]
+        set_random_state(at['random'], self.dls)
+        if self.batches_done: self._replay = at
+
+# %% ../nbs/05_learner.ipynb #b0f4a7d3
+class _Loop:
+    "A fit has epochs, an epoch has two passes, a pass has batches, a batch has the steps"
     def _fit(self):
         if self.will_train and self._resume is not None: self._go_on()
-        while self.epochs_done < self.epochs:
-            self.epoch = self.epochs_done + 1
-            self._phase('epoch', self._epoch)
-            self.epochs_done, self.batches_done = self.epoch, 0
+        try:
+            while self.epochs_done < self.epochs:
+                self.epoch = self.epochs_done + 1
+                self._phase('epoch', self._epoch)
+                self.epochs_done, self.batches_done = self.epoch, 0
+        except CancelFit: pass # `after_fit` follows
 
     def _epoch(self):
         start, self.record = time.perf_counter(), {'epoch': self.epoch}
-        for training, phase, dl in ((True, 'train', self.train_dl), (False, 'validate', self.valid_dl)):
-            if dl is None or training and not self.will_train: continue
-            self.training, self.dl, self.batch_idx = training, dl, 0
-            self._phase(phase, self._pass)
+        for self.training in True, False:
+            self.dl, self.batch_idx = self.train_dl if self.training else self.valid_dl, 0
+            if self.training and self.will_train: self._phase('train', self._pass)
+            elif not self.training and self.dl is not None: self._phase('validate', self._validate)
         self.record['seconds'] = time.perf_counter() - start
         self.records.append(self.record)
         self.epochs_done, self.batches_done = self.epoch, 0
         if self.progress and not any(cb.shows_progress for cb in self.running_cbs):
             print(', '.join(_entry(*item) for item in self.record.items()))
 
+    def _validate(self):
+        with self._evaluated(): self._pass()
+
     def _pass(self):
         "Once through the loader"
         self.model.train(self.training)
-        self._losses, self._rows = [], []
+        self.losses, self.sizes, kind = [], [], 'train' if self.training else 'valid'
         batches = self._batches()
         with torch.set_grad_enabled(self.training):
             for self.batch_idx, self.batch in batches:
                 if self.training: self.batches_done = self.batch_idx + 1
                 self._phase('batch', self._batch)
-        if not self._losses:
-            raise ValueError(f'Learner: the loader gave no batch ({self.where()}); '
-                             'a generator can be used for one pass only')
-        loss = mean_loss(self._losses, self._rows, 'Learner', f'epoch {self.epoch}, {self._kind()} batch')
-        self.record['train_loss' if self.training else 'valid_loss'] = loss
+        if not self.losses:
+            raise ValueError(f'Learner: {kind}_dl gave no batch; it is empty, or a used generator')
+        place = f'epoch {self.epoch}, {self._kind()} batch'
+        self.record[f'{kind}_loss'] = mean_loss(self.losses, self.sizes, 'Learner', place)
 
     def _batches(self):
-        "The batches of the pass, numbered; a resumed pass is drawn again, and the batches already used are skipped"
+        "The numbered batches; in a resumed pass those already used are drawn and skipped"
         at, self._replay = self._replay, None
-        if at: set_random_state(at['random_before'], self.dls)
+        if at:
+            check_replayable(self.dl)
+            set_random_state(at['random_before'], self.dls)
         if self.training: self._random_before = random_state(self.dls)
         batches = enumerate(self.dl)
         if at:
             passed = sum(1 for _ in islice(batches, self.batches_done))
             if passed < self.batches_done:
-                raise ValueError(f'Learner: the saved run used {self.batches_done} batches of the epoch, '
-                                 f'but the loader has only {passed}')
+                raise ValueError(f'Learner: the saved run used {self.batches_done} batches of the '
+                                 f'epoch, but the loader has only {passed}')
             set_random_state(at['random'], self.dls)
-            self._losses, self._rows = list(at['losses']), list(at['rows'])
+            self.losses, self.sizes = [*at['losses'].to(self._device())], at['sizes'].tolist()
         return batches
 
     def _batch(self):
-        self._phase('predict', self.predict)
+        self._phase('forward', self.forward)
+        if not self.losses: check_shapes(self.preds, self.targets(), 'Learner')
         self._phase('get_loss', self.get_loss)
         if self.training:
             self._phase('backward', self.backward)
-            if not self._losses: check_opt(self.opt)
+            if not self.losses: check_opt(self.opt, 'Learner')
             self._phase('update', self._update)
-        self._losses.append(self.loss.detach())
-        self._rows.append(self.rows())
+        self.losses.append(self.loss.detach())
+        self.sizes.append(self.n_examples())
 
     def _update(self):
         self._phase('step', self.step)
@@ -450,26 +335,203 @@ class Learner(_Events, _Looks):
         return f'epoch {self.epoch}, {self._kind()} batch {self.batch_idx} (counted from 0)'
 
     def _kind(self): return 'training' if self.training else 'validation'
+    def _device(self): return next((p.device for p in self.model.parameters()), None)
 
-    # ---- resuming in another process
+def _entry(name, value)->str:
+    "An entry of a record: `epoch 1`, `valid loss 0.2786`, `0.9 s`"
+    if name == 'seconds': return f'{value:.1f} s'
+    name = name.replace('_', ' ')
+    return f'{name} {value:.4f}' if isinstance(value, float) else f'{name} {value}'
 
-    def state_dict(self)->dict: # numbers, tensors, lists and dicts
-        "Position of the running fit and the random state; call it in `after_batch` of a training batch or in `after_epoch`"
-        random = random_state(self.dls)
-        begun = self.batches_done > 0
-        losses, rows, before = (self._losses, [*self._rows], self._random_before) if begun else ([], [], random)
-        return {'epochs': self.epochs, 'epochs_done': self.epochs_done, 'batches_done': self.batches_done, 'steps': self.steps,
-                'records': [*self.records], 'losses': torch.stack(losses) if losses else torch.empty(0), 'rows': rows,
-                'random': random, 'random_before': before}
+# %% ../nbs/05_learner.ipynb #d27c9e15
+def to_device(
+    x,      # a tensor, or tuples, lists and dicts of tensors; anything else stays as it is
+    device, # a `torch.device` or its name; None: no change
+):          # the same with every tensor on the device; the containers are new
+    "Move a batch, or the inputs of a model"
+    if isinstance(x, Tensor): return x.to(device)
+    if isinstance(x, dict): return {k: to_device(v, device) for k, v in x.items()}
+    return [to_device(v, device) for v in x] if isinstance(x, (tuple, list)) else x
 
-    def load_state_dict(self,
-        state_dict:dict, # from `state_dict()`
+def _is_inputs(data)->bool:
+    "True for a tensor, an array, a dict, and a tuple or list of tensors or arrays"
+    kinds = Tensor, np.ndarray
+    if isinstance(data, (tuple, list)): return all(isinstance(t, kinds) for t in data)
+    return isinstance(data, (*kinds, dict))
+
+def _parts(x, bs):
+    "The inputs of a model in parts of `bs` examples"
+    if isinstance(x, dict): return (dict(zip(x, p)) for p in _parts([*x.values()], bs))
+    if isinstance(x, (tuple, list)): return zip(*(_parts(t, bs) for t in x), strict=True)
+    return torch.as_tensor(x).split(bs)
+
+def _loader(data, bs=1024):
+    "The batches of a dataset, in order; a loader, or a list of batches, stays as it is"
+    if isinstance(data, Dataset): return DataLoader(data, bs)
+    is_dataset = hasattr(data, '__getitem__') and not isinstance(data, (tuple, list))
+    return ItemLoader(data, bs) if is_dataset else data
+
+# %% ../nbs/05_learner.ipynb #21b3f922
+class Summary(str):
+    "Text that a notebook displays without quotes; `rows` holds the entries"
+    __repr__ = str.__str__
+
+class _Looks:
+    "Pictures and tables; each leaves model, modes and random generators unchanged"
+    @contextmanager
+    def _first(self, dl):
+        "A copy of the learner, in evaluation mode, that holds the loader's first batch"
+        look = copy.copy(self)
+        with self.evaluating():
+            if not getattr(dl, 'persistent_workers', False): batch = next(iter(dl))
+            else: batch = dl.collate_fn([dl.dataset[i] for i in next(iter(dl.batch_sampler))])
+            look.batch = to_device(batch, self._device())
+            yield look
+
+    def summary(self)->Summary: # text; `rows` has name, kind, output shape and number of parameters
+        "Each layer with its output shape and parameters, for the first training batch"
+        rows = [('layer', 'kind', 'output', 'parameters')]
+        def look(name, layer, inputs, out):
+            if not isinstance(out, Tensor): out = out[0]
+            n = sum(p.numel() for p in layer.parameters(recurse=False))
+            rows.append((name, type(layer).__name__, str(tuple(out.shape)), f'{n:,}'))
+        with self._first(self.dls[0]) as first, ExitStack() as hooks:
+            for name, m in self.model.named_modules():
+                if not list(m.children()) or list(m.parameters(recurse=False)):
+                    hooks.callback(m.register_forward_hook(partial(look, name)).remove)
+            first.forward()
+        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        frozen = sum(n for n, trained in sizes if not trained)
+        rows.append(('total', f'{frozen:,} frozen', '', f'{sum(n for n, _ in sizes):,}'))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        text = Summary('\n'.join('  '.join(map(str.ljust, row, widths)) for row in rows))
+        text.rows = rows[1:-1]
+        return text
+
+    def show_batch(self, n:int=20, **kwargs): # at most `n` images; `kwargs` for `show_images`
+        "Draw the first training images with their labels: a matplotlib `Figure`"
+        from miniai.data import show_images
+        with self._first(self.dls[0]) as first: xb, labels = first.xb[:n], first.yb[:n].tolist()
+        return show_images(xb, labels, **kwargs)
+
+    def show_results(self, n:int=20, **kwargs): # at most `n` images; `kwargs` for `show_images`
+        "Draw validation images with the predicted classes, mistakes in red: a matplotlib `Figure`"
+        from miniai.data import show_images
+        with self._first(self.dls[1] or self.dls[0]) as first:
+            first.forward()
+            xb, found, labels = (t[:n] for t in (first.xb, first.preds.argmax(1), first.yb))
+        pairs = list(zip(found.tolist(), labels.tolist()))
+        fig = show_images(xb, [f'{p}' if p == l else f'{p}, is {l}' for p, l in pairs], **kwargs)
+        for ax, (p, l) in zip(fig.axes, pairs): ax.title.set_color('k' if p == l else 'red')
+        return fig
+
+# %% ../nbs/05_learner.ipynb #2234d71a
+class Learner(_Steps, _Loop, _Keeps, _Looks, _Events):
+    """Trains a model. Every step of `fit` can be changed.
+
+    A subclass may override `inputs`, `targets` and `n_examples`, which read `batch`, and the steps
+    `forward`, `get_loss`, `backward`, `step` and `zero_grad`; callbacks run around each step.
+    During a fit: `batch` (`xb`, `yb`), `preds`, `loss`, `losses` and `sizes` (one per batch of the
+    pass), `training`, `dl`, `batch_idx` (from 0), `epoch` (from 1), `epochs`, `record`, `records`.
+    At any time: `model`, `opt`, `loss_func`, `dls`, `steps` (the number of optimiser steps)."""
+    def __init__(self,
+        model,        # an `nn.Module`, ours included: maps inputs to predictions
+        dls,          # training and validation loader; None for the second: no validation
+        loss_func,    # maps `(preds, targets)` to the mean loss of the batch, a 0-d tensor
+        opt_func=SGD, # `opt_func(params, lr=lr)` makes the optimiser when the first fit begins
+        lr:float|None=None, # learning rate; None: the optimiser's own default
+        cbs=(),       # callbacks for every fit
     ):
-        "Make the next fit continue there; the caller restores model and optimiser"
-        self._resume = state_dict
+        self.train_dl, self.valid_dl = self.dls = tuple(dls)
+        self.model, self.loss_func, self.opt_func, self.lr = model, loss_func, opt_func, lr
+        self.cbs, self.running_cbs = list(cbs), []
+        self.opt = self.batch = self.preds = self.loss = None
+        self._known = self._given = self._resume = self._replay = None
+        self.epoch = self.epochs = self.epochs_done = self.batches_done = self.batch_idx = 0
+        self.steps, self.record, self.records, self.losses, self.sizes = 0, {}, [], [], []
+        self.progress, self.training, self.will_train, self._inside = True, False, False, False
 
-    def _go_on(self):
-        at, self._resume = self._resume, None
-        self.epochs_done, self.batches_done, self.steps, self.records = at['epochs_done'], at['batches_done'], at['steps'], [*at['records']]
-        set_random_state(at['random'], self.dls)
-        if self.batches_done: self._replay = at
+    def create_opt(self,
+        lr:float|None=None, # new learning rate of every group; None: unchanged
+    ):                      # `opt`
+        "Make the optimiser if there is none; `ValueError` for parameters that are newer than it"
+        if lr is not None: self.lr = lr
+        params = dict(self.model.named_parameters())
+        if self.opt is None:
+            options = {} if self.lr is None else {'lr': self.lr}
+            self.opt, self._known = self.opt_func(params.values(), **options), None
+        if self._known is None: self._known = set(params.values())
+        trained = {p for g in self.opt.param_groups for p in g['params']}
+        new = [k for k, p in params.items() if p.requires_grad and p not in self._known | trained]
+        if new:
+            raise ValueError(f'Learner: {", ".join(new)} did not exist when the optimiser was made '
+                             'and would not be trained; for a new optimiser set learn.opt = None')
+        for g in self.opt.param_groups if lr is not None else ():
+            g['lr'] = lr
+            g.pop('initial_lr', None) # the starting value of an earlier schedule
+        return self.opt
+
+    def fit(self,
+        epochs:int,      # passes over the training examples; 0 does nothing
+        *,
+        train:bool=True, # False: validate only
+        lr:float|None=None, # a new learning rate, from now on
+        cbs=(),          # callbacks for this fit only
+        progress:bool=True, # print one line per epoch, unless a callback shows progress
+    )->list:             # one dict per epoch: epoch, train_loss, valid_loss, more entries, seconds
+        "Train, or continue as the last fit ended; `ValueError` if there is nothing to train"
+        epochs = operator.index(epochs)
+        if epochs < 0: raise ValueError(f'Learner.fit: epochs is {epochs}, must be 0 or more')
+        if not (lr is None or lr >= 0): raise ValueError(f'Learner.fit: lr is {lr}, must be 0 or more')
+        if train and not any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError('Learner.fit: no parameter of the model requires grad')
+        if train: self.create_opt(lr).zero_grad()
+        return self._run(epochs, train, self.dls, cbs, progress)
+
+    def predict(self,
+        data, # inputs `(n, …)`, a tuple or dict of several inputs, a dataset, or a loader
+    ):        # the predictions for all examples, in order
+        "The model's predictions, in evaluation mode, without gradients"
+        given, found, look = _is_inputs(data), [], copy.copy(self)
+        with self.evaluating():
+            for part in _parts(data, 1024) if given else _loader(data):
+                part = to_device(part, self._device())
+                look.batch, look._given = (None, part) if given else (part, None)
+                look.forward()
+                found.append(look.preds)
+        return torch.cat(found)
+
+    def evaluate(self,
+        dl=None, # a loader or a dataset; None: the validation loader
+        cbs=(),  # callbacks for this pass only
+    )->dict:     # the mean loss over all examples, and the entries that callbacks add
+        "Evaluate the model without changing it"
+        look, state = copy.copy(self), random_state(self.dls)
+        dl = self.dls[1] if dl is None else _loader(dl)
+        try: record = look._run(1, False, (None, dl), cbs, False)[0]
+        finally: set_random_state(state, self.dls)
+        return {k.removeprefix('valid_'): record[k] for k in record if k not in ('epoch', 'seconds')}
+
+    def _run(self, epochs, train, dls, cbs, progress):
+        if self._calls is not None:
+            raise RuntimeError('Learner: a fit is running; a callback must not start another one')
+        kind, needed = ('training', dls[0]) if train else ('validation', dls[1])
+        if needed is None: raise ValueError(f'Learner: there is no {kind} loader; give one')
+        check_loss_func(self.loss_func)
+        self.train_dl, self.valid_dl = dls
+        self.epochs, self.will_train, self.progress, self.records = epochs, train, progress, []
+        self.epoch = self.epochs_done = self.batches_done = self.batch_idx = 0
+        modes, self._replay = [(m, m.training) for m in self.model.modules()], None
+        try:
+            self.running_cbs = _in_order([*self.cbs, *cbs])
+            self._calls = _listeners(self.running_cbs)
+            self._phase('fit', self._fit)
+        except Exception as e:
+            e.add_note(f'in {self.where()}')
+            raise
+        finally:
+            for m, mode in modes: m.training = mode
+            self._calls = self.batch = self.preds = self.loss = None # frees the graph
+            self.train_dl, self.valid_dl = self.dls
+            self.training, self.will_train, self.running_cbs = False, False, []
+        return self.records

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Record', 'accuracy', 'report', 'SGD', 'Dataset', 'BatchSampler', 'DataLoader', 'evaluate', 'check_loss_func',
-           'get_dls', 'format_record', 'mean_loss', 'check_opt', 'fit']
+           'get_dls', 'format_record', 'mean_loss', 'check_opt', 'check_shapes', 'fit']
 
 # %% ../nbs/04_minibatch_training.ipynb #95e57b81
 import math
@@ -107,7 +107,6 @@ class Dataset:
         if len(x) != len(y): raise ValueError(f'Dataset: {len(x)} inputs and {len(y)} targets')
 
     def __len__(self): return len(self.x)
-
     def __getitem__(self,
         i, # an int, or for a batch: a slice, a list or array of ints, an int tensor `(k,)`
     )->tuple: # `(x[i], y[i])`
@@ -125,7 +124,7 @@ class BatchSampler:
     def __init__(self,
         data_source,          # anything with a length
         batch_size:int,       # examples per batch, 1 or more; the last batch may be shorter
-        shuffle:bool=False,   # a new random order in each epoch, or 0, 1, 2, …
+        shuffle:bool=False,   # a new random order in each epoch? (False: 0, 1, 2, …)
         drop_last:bool=False, # leave out a last batch that is shorter?
         generator:torch.Generator|None=None, # source of the random orders; None: the global seed
     ):
@@ -146,7 +145,7 @@ class BatchSampler:
 class DataLoader:
     "Batches `(xb, yb)` of a dataset: the twin of `torch.utils.data.DataLoader`, a batch at a time"
     def __init__(self,
-        dataset,              # `dataset[i]` takes an int64 tensor of indices and returns a batch
+        dataset,              # tensors `(x, y)`, or: `dataset[i]` takes a tensor of indices
         batch_size:int=1,     # examples per batch
         shuffle:bool=False,   # a new random order in each epoch?
         *,
@@ -154,6 +153,7 @@ class DataLoader:
         drop_last:bool=False, # leave out a last batch that is shorter?
         generator:torch.Generator|None=None, # source of the random orders; None: the global seed
     ):
+        if isinstance(dataset, tuple): dataset = Dataset(*dataset) # `(x, y)`
         if batch_sampler is None:
             batch_sampler = BatchSampler(dataset, batch_size, shuffle, drop_last, generator)
         elif batch_size != 1 or shuffle or drop_last or generator is not None:
@@ -162,7 +162,6 @@ class DataLoader:
         self.dataset, self.batch_sampler = dataset, batch_sampler
 
     def __len__(self): return len(self.batch_sampler)
-
     def __iter__(self):
         for i in self.batch_sampler: yield self.dataset[i]
 
@@ -197,23 +196,23 @@ def check_loss_func(loss_func):
     "`ValueError` for a loss whose `reduction` is not 'mean'"
     options = getattr(loss_func, 'keywords', {}) # of a functools.partial
     reduction = getattr(loss_func, 'reduction', options.get('reduction', 'mean'))
-    if reduction != 'mean':
-        raise ValueError(f"reduction={reduction!r}, needs 'mean': batches are weighted by size")
+    if reduction != 'mean': raise ValueError(f"reduction={reduction!r}, needs 'mean'")
 
 # %% ../nbs/04_minibatch_training.ipynb #96f95c87
 def get_dls(
-    train_ds,  # training examples
-    valid_ds,  # validation examples
+    train_ds,  # training examples: a dataset, or tensors `(x, y)`
+    valid_ds,  # validation examples, alike
     bs:int=64, # examples per training batch; validation batches are twice as large
     generator:torch.Generator|None=None, # source of the training orders; None: the global seed
-    num_workers:int|None=None, # None: `ds[tensor]` is a batch; a number: `ds[int]` is an example
+    num_workers:int|None=None, # processes of PyTorch's loader; None: our loader, for a `Dataset`
 )->tuple:      # training loader, shuffled anew in each epoch, and validation loader, in order
-    "The loaders for `fit`: ours, or PyTorch's with `num_workers` processes (0: this one)"
+    "The loaders for `fit`: ours, or PyTorch's for examples that are read one at a time"
     bs = operator.index(bs)
-    if num_workers is None: loader, options = DataLoader, {}
-    else: loader, options = ItemLoader, {'num_workers': num_workers}
-    train_dl = loader(train_ds, bs, shuffle=True, generator=generator, **options)
-    return train_dl, loader(valid_ds, 2*bs, **options)
+    datasets = [Dataset(*ds) if isinstance(ds, tuple) else ds for ds in (train_ds, valid_ds)]
+    ours = num_workers is None and all(isinstance(ds, Dataset) for ds in datasets)
+    loader, options = (DataLoader, {}) if ours else (ItemLoader, {'num_workers': num_workers or 0})
+    train_dl = loader(datasets[0], bs, shuffle=True, generator=generator, **options)
+    return train_dl, loader(datasets[1], 2*bs, **options)
 
 # %% ../nbs/04_minibatch_training.ipynb #24fba29b
 Record = namedtuple('Record', 'epoch train_loss valid_loss valid_accuracy seconds')
@@ -243,16 +242,17 @@ def mean_loss(losses, sizes, # for each batch: its loss, 0-d, and its number of 
                                      'try a smaller learning rate, or look for bad values in it')
     return sum(l * k for l, k in zip(losses, sizes)) / sum(sizes)
 
-def check_opt(opt):
+def check_opt(opt, who):
     "`ValueError` if no parameter of the optimiser has a gradient"
     if all(p.grad is None for g in opt.param_groups for p in g['params']):
-        raise ValueError('fit: no parameter of opt has a gradient; was it made for another model?')
+        raise ValueError(f'{who}: opt has no parameter with a gradient; is it of another model?')
 
-def _check_shapes(out, yb):
+def check_shapes(out, yb, who):
+    "`ValueError` for float outputs and targets of equal size but other shapes"
     if not all(isinstance(t, Tensor) and t.is_floating_point() for t in (out, yb)): return
     same_numbers = out.squeeze().shape == yb.squeeze().shape
     if same_numbers and out.shape != yb.shape and out.numel() > 1:
-        raise ValueError(f'fit: outputs {tuple(out.shape)} and targets {tuple(yb.shape)} would '
+        raise ValueError(f'{who}: outputs {tuple(out.shape)} and targets {tuple(yb.shape)} would '
                          'broadcast; make the shapes equal, for example with .squeeze(1)')
 
 # %% ../nbs/04_minibatch_training.ipynb #6c443464
@@ -282,10 +282,10 @@ def fit(
         with tqdm(train_dl, desc=f'epoch {epoch}', disable=hidden, leave=False) as bar:
             for xb, yb in bar:
                 out = model(xb)
-                if not losses: _check_shapes(out, yb)
+                if not losses: check_shapes(out, yb, 'fit')
                 loss = loss_func(out, yb)
                 loss.backward()
-                if not losses: check_opt(opt)
+                if not losses: check_opt(opt, 'fit')
                 opt.step()
                 opt.zero_grad()
                 losses.append(loss.detach())
