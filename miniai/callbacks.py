@@ -189,9 +189,13 @@ class AccumulateCB(Callback):
         self._count = 0
 
     def before_backward(self, learn):
-        self._aside = [(p, p.grad) for g in learn.opt.param_groups for p in g['params']]
-        if all(grad is None for _, grad in self._aside): self._count = 0 # a new group
+        self._aside = self._grads(learn)
         for p, _ in self._aside: p.grad = None
+
+    def _grads(self, learn):
+        grads = [(p, p.grad) for g in learn.opt.param_groups for p in g['params']]
+        if all(grad is None for _, grad in grads): self._count = 0 # also after a skipped step
+        return grads
 
     def after_backward(self, learn):
         self._examples = learn.n_examples() + (self._examples if self._count else 0)
@@ -210,8 +214,9 @@ class AccumulateCB(Callback):
     def after_step(self, learn): self._count = 0
 
     def after_train(self, learn):
+        self._grads(learn)
         if not self._count: return
-        self._count = self.n
+        self._count = self.n # the last group may be smaller
         learn._phase('update', learn._update)
 
     def state_dict(self): return {'count': self._count, 'examples': self._examples}
@@ -298,19 +303,24 @@ class EMACB(Callback):
         self._model = learn.model
         if self._raw is None: return # else: the weights that the last fit trained
         pairs = zip(learn.model.parameters(), self.averages)
-        if all(torch.equal(p, a.to(p)) for p, a in pairs): self._resume = self._raw
+        if all(torch.equal(p, a.to(p)) for p, a in pairs): _put(self._raw, learn.model)
         else: self.steps = 0         # the model's weights were changed in between
         self._raw = None
 
     def before_epoch(self, learn):
         if self._model is None: return
-        if self._resume is not None: _put(self._resume, learn.model)
-        self._resume, live = None, _tensors(learn.model)
+        self._continue()
+        live = _tensors(learn.model)
         if not self.steps: self.averages = [_wide(t) for t in _copies(learn.model)]
         if [a.shape for a in self.averages] != [t.shape for t in live]:
             raise ValueError('EMACB: the averages have other shapes than the model; '
                              'use a new EMACB for another model')
         self.averages = [a.to(t.device) for a, t in zip(self.averages, live)]
+
+    def _continue(self):
+        "Continue from the training weights of a loaded state"
+        if self._resume is not None: _put(self._resume, self._model)
+        self._resume = None
 
     @torch.no_grad()
     def after_step(self, learn):
@@ -335,6 +345,8 @@ class EMACB(Callback):
         self._raw = None
 
     def after_fit(self, learn):
+        if self._model is None: return
+        self._continue() # if there was no epoch
         self.before_evaluate(learn)
         self._model = None # the fit is over, and the average is the model
 

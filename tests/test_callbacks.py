@@ -74,7 +74,7 @@ class Save(Callback):
     def __init__(self, at): self.at = at
 
     def save(self, learn):
-        with learn.evaluating(): model = learn.model.state_dict()
+        with learn.evaluating(): model = {k: t.clone() for k, t in learn.model.state_dict().items()}
         parts = model, [p.grad for p in learn.model.parameters()], *(o.state_dict() for o in (learn.opt, learn, *learn.cbs))
         torch.save(parts, file := io.BytesIO())
         self.saved = file.getvalue()
@@ -815,8 +815,8 @@ def test_states_are_copies():
     there.before_epoch(run)
     assert [a.device.type for a in there.averages] == ['meta']*2      # averages move to the model's device
     there.load_state_dict(given)
-    run.model = nn.Linear(3, 1)
-    with pytest.raises(ValueError, match='other shapes than the model'): there.before_epoch(run)
+    run.model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
+    with pytest.raises(ValueError, match='longer'): there.before_epoch(run) # another model
     with pytest.raises(ValueError): there.put(nn.Sequential())
     for wrong in -.1, 1., math.nan:
         with pytest.raises(ValueError, match='must be at least 0 and below 1'): EMACB(wrong)
@@ -989,7 +989,7 @@ def test_the_first_nan_is_found(layers):
     with torch.no_grad():
         for p in zero.parameters(): p.zero_()
         huge.weight.fill_(3e38)
-        steep.weight.mul_(1e6)
+        steep.weight.mul_(-1e6)
     found = guarded(layers, zero, root(), L(6, 3))                   # the gradient of the root at 0
     first(found, 'the gradient at the output of 0 (Linear)', f'the gradient at the output of 1 ({root.__name__})')
     first(guarded(layers, L(5, 6), R(), huge), 'the output of 2 (Linear)', 'the output of 1 (ReLU)')
@@ -1016,14 +1016,15 @@ class Nested(nn.Module):
     def forward(self, a, more): return self.linear(a) + more['list'][1][0].sum()
 
 
+def one(module, *rest): return module # in the place of `Sequential`
+
 def test_inputs_in_any_nesting_are_looked_at():
-    Pair = namedtuple('Pair', 'one two')
-    one = torch.ones(2)
-    wrap = lambda x: {'a': one.new_zeros(32, 5), 'more': {'id': 'text', 'list': [one, Pair(x, None)]}}
-    first(guarded(TORCH, Nested(), spoil=torch.nan, wrap=wrap), "inputs['more']['list'][1][0]", "inputs['more']['list'][0]")
-    class Targets(Learner):
-        def targets(self): return super().targets()[0]
-    first(guarded(TORCH, nn.Bilinear(5, 5, 3), spoil=torch.inf, wrap=lambda x: (x*0, x)), 'inputs[0]', 'none') # 0·inf
+    Pair, ones = namedtuple('Pair', 'one two'), torch.ones(2)
+    wrap = lambda x: {'a': torch.zeros(32, 5), 'more': {'id': 'text', 'list': [ones, Pair(x, None)]}}
+    found = guarded((one, *TORCH[1:]), Nested(), spoil=torch.nan, wrap=wrap)
+    first(found, "inputs['more']['list'][1][0]", "inputs['more']['list'][0]")
+    found = guarded((one, *TORCH[1:]), nn.Bilinear(5, 5, 3), spoil=torch.nan, wrap=lambda x: (x*0 + 1, torch.ones(32, 5)))
+    first(found, 'inputs[0]', 'none')
     found = guarded((nn.Sequential, 0, 0, nn.MSELoss), nn.Linear(5, 5), spoil=torch.nan, kind=Swapped)
     first(found, 'targets', 'inputs')
 
