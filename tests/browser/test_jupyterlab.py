@@ -28,11 +28,12 @@ def browser():
 python3 = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}
 watched = """\
 import time
-from miniai.callbacks import Accuracy, MetricsCB, ProgressCB
 from miniai.data import mnist
 from miniai.learner import Callback, Learner
 from miniai.losses import CrossEntropyLoss
+from miniai.metrics import Accuracy, MetricsCB
 from miniai.module import Linear, ReLU, Sequential
+from miniai.progress import ProgressCB
 from miniai.training import SGD, Dataset, get_dls
 
 data = mnist(sample=True)
