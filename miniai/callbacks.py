@@ -80,16 +80,16 @@ class LRFinderCB(Callback):
     def after_get_loss(self, learn):
         if not learn.training: return
         self.losses.append(learn.loss.item())
+        if not math.isfinite(self.losses[-1]): raise CancelFit
         self._average = self.beta*self._average + (1 - self.beta)*self.losses[-1]
         self.smooth.append(self._average/(1 - self.beta**len(self.losses)))
-        if not self.smooth[-1] <= self.stop*min(self.smooth): raise CancelFit   # also if it is NaN
+        if self.smooth[-1] > self.stop*min(self.smooth): raise CancelFit
 
     def after_batch(self, learn):
         if len(self.lrs) == self.num: raise CancelFit
 
     def _lowest(self):
-        finite = [i for i, s in enumerate(self.smooth) if math.isfinite(s)]
-        return min(finite, key=self.smooth.__getitem__, default=0)
+        return min(range(len(self.smooth)), key=self.smooth.__getitem__, default=0)
 
     @property
     def steepest(self):
@@ -116,9 +116,9 @@ def lr_find(
     **kwargs, # for `LRFinderCB`: `start`, `end`, `num`, `stop`, `beta`
 )->LRFinderCB: # with `lrs`, `losses`, `smooth`, `steepest`, `tenth` and `plot()`
     "Find the range of learning rates that work"
+    check_replayable(learn.dls[0])
     finder, trial, state = LRFinderCB(**kwargs), learn.trial(), random_state(learn.dls)
     trial.dls = learn.dls[0], None
-    check_replayable(learn.dls[0])
     try: trial.fit(finder.num, cbs=[finder], progress=False)
     finally: set_random_state(state, learn.dls)
     return finder
@@ -127,7 +127,8 @@ def lr_find(
 def _plot_search(finder):
     "The curve of a learning rate search, cut off above its start"
     import matplotlib.pyplot as plt
-    lrs, losses, smooth = finder.lrs[:len(finder.losses)], finder.losses, finder.smooth
+    smooth = finder.smooth # without a last loss that is not finite
+    lrs, losses = finder.lrs[:len(smooth)], finder.losses[:len(smooth)]
     _, ax = plt.subplots(figsize=(5.5, 3), layout='constrained')
     ax.plot(lrs, losses, color='C0', alpha=.25, label='loss of the batch')
     ax.plot(lrs, smooth, color='C0', label='smoothed')
@@ -232,7 +233,7 @@ class EarlyStoppingCB(Callback):
         patience:int=3,           # stop after so many epochs without improvement, 1 or more
         min_delta:float=0.,       # an improvement must be larger than this, 0 or more
         mode:str|None=None,       # 'min' or 'max'; None: by the name, for losses and accuracies
-        restore_best:bool=False,  # has the model the weights of the best epoch when the fit ends?
+        restore_best:bool=False,  # True: at the end the model has the weights of the best epoch
     ):
         if mode is None: mode = {'loss': 'min', 'accuracy': 'max'}.get(monitor.split('_')[-1])
         if mode not in ('min', 'max'):
