@@ -679,6 +679,15 @@ def test_what_is_watched():
         with pytest.raises(ValueError, match=text): EarlyStoppingCB(**wrong)
 
 
+def test_the_weights_that_were_evaluated_are_restored_without_validation():
+    learn, one = (learner(cbs=[EMACB(.9), *cbs]) for cbs in ([EarlyStoppingCB('train_loss', 1, min_delta=10., restore_best=True)], []))
+    for l, epochs in (learn, 5), (one, 1):
+        l.dls = l.dls[0], None
+        l.fit(epochs, progress=False)
+    assert learn.steps == 24
+    same(weights(learn), weights(one))                                # the average at the end of the first epoch
+
+
 @engines
 def test_a_resumed_run_stops_where_it_would_have_stopped(layers):
     make = lambda: learner(layers, [EarlyStoppingCB('valid_loss', 2, min_delta=10., restore_best=True)])
@@ -1037,6 +1046,12 @@ class Swapped(Learner):
     "The first part of a batch is the target"
     def inputs(self): return torch.ones(len(self.batch[0]), 5)
     def targets(self): return self.batch[0]
+
+
+def test_a_healthy_run_is_not_searched():
+    class NoTrial(Learner):
+        def trial(self): raise Stop
+    for cbs in [], [MixedPrecisionCB(torch.float16)]: learner(cbs=[NaNGuardCB(), *cbs], kind=NoTrial).fit(2, progress=False)
 
 
 def test_a_false_alarm_changes_nothing():
