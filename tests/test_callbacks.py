@@ -772,6 +772,11 @@ def test_a_second_fit_continues_from_the_training_weights(layers):
     same(ema.state_dict()['training'], weights(plain))
     assert ema.steps == 12                                            # and the average begins anew
 
+    with torch.no_grad(): learn.model[0].bias[0] += 1.                # one changed number is enough
+    plain.model.load_state_dict(learn.model.state_dict())
+    for l in learn, plain: l.fit(1, progress=False)
+    same(ema.state_dict()['training'], weights(plain))
+
     learn.fit(0, progress=False)                                      # no step, nothing changes
     same(ema.state_dict()['training'], weights(plain))
     learn.fit(1, train=False, progress=False)
