@@ -316,7 +316,8 @@ def to_device(
     "Move a batch, or the inputs of a model"
     if isinstance(x, Tensor): return x.to(device)
     if isinstance(x, dict): return {k: to_device(v, device) for k, v in x.items()}
-    return [to_device(v, device) for v in x] if isinstance(x, (tuple, list)) else x
+    if not isinstance(x, (tuple, list)): return x
+    return (tuple if isinstance(x, tuple) else list)(to_device(v, device) for v in x)
 
 def _is_inputs(data)->bool:
     "True for a tensor, an array, a dict, and a tuple or list of tensors or arrays"
