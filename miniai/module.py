@@ -66,8 +66,8 @@ class Module(nn.Module):
     """A layer or a net: an `nn.Module` whose layers have a backward pass of our own.
 
     A layer defines `forward(*inputs)`, which returns one tensor, and `bwd(grad, out, *inputs,
-    *parameters)`: from the gradient with respect to `out` (same shape) to a tuple of gradients of
-    the inputs, then of the parameters as registered; `None` where none is required. If `forward`
+    *parameters)`. `bwd` gets the gradient with respect to `out`, and returns the gradients of the
+    inputs, then of the parameters as registered; `None` where none is required. If `forward`
     returns `(out, *extra)`, the caller gets `out` and `bwd` gets `extra` as its last arguments.
     A net defines `forward` alone; autograd connects the layers in it."""
     bwd = None

@@ -562,7 +562,8 @@ def number_text(v):
     "A number in at most eight characters, with a real minus sign"
     whole = math.isfinite(v) and v == int(v) and abs(v) < 1e5
     text = str(int(v)) if whole else f'{v:.3g}'
-    if 'e' in text or 0 < abs(v) < .001: text = re.sub(r'e([+-])0', r'e\1', f'{v:.1e}').replace('e+', 'e')
+    if 'e' in text or 0 < abs(v) < .001:
+        text = re.sub(r'e([+-])0', r'e\1', f'{v:.1e}').replace('e+', 'e')
     return text.replace('-', '−')
 
 
@@ -833,12 +834,14 @@ class Player:
 
     def _repr_html_(self):
         "The player in a frame. Behind it is a still picture, seen where the frame is removed"
+        kinds = ', '.join(op.kind for op in self.recorded.ops)
         still = base64.b64encode(picture_svg(self.recorded).encode()).decode()
         return (f'<div style="position:relative;min-height:640px"><img style="max-width:100%" '
-                f'alt="Values and gradients of all tensors of the pass" '
+                f'alt="Values and gradients of all tensors of a pass: {html.escape(kinds)}" '
                 f'src="data:image/svg+xml;base64,{still}"><iframe sandbox="allow-scripts" '
-                f'title="A backward pass, step by step" style="position:absolute;top:0;left:0;'
-                f'width:100%;height:100%;border:1px solid #999;background:#fff" '
+                f'title="A backward pass, step by step" style="box-sizing:border-box;'
+                f'position:absolute;top:0;left:0;width:100%;height:100%;'
+                f'border:1px solid #999;background:#fff" '
                 f'srcdoc="{html.escape(self.html)}"></iframe></div>')
 
 

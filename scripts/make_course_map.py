@@ -16,7 +16,7 @@ root = Path(__file__).resolve().parents[1]
 target = root / 'nbs' / 'images' / 'course_map.png'
 PARTS = [   # name, what it leads to, color, chapters
     ('By hand', 'from the chain rule to a loop that trains a net', '#0072b2', ['00', '01', '02', '03', '04']),
-    ('A trainer', 'extend, watch, save and speed up a training run', '#009e73', ['05', '08', '09', '10']),
+    ('A trainer', 'extend, watch, save and speed up a training run', '#009e73', ['05', '06', '07', '08', '09', '10']),
     ('Convnets', 'planned', '#777777', ['11', '12', '13', '14', '15', '16']),
     ('Appendices', 'optional, each after the chapter named', '#d55e00', ['70', '75', '76', '80', '90']),
 ]

@@ -164,9 +164,9 @@ errors = {
     'fit_frozen': (ValueError, 'no parameter of the model', lambda: train(model=line().requires_grad_(False), opt=SGD([weight], lr=.1))),
     'fit_no_parameters': (ValueError, 'no parameter of the model', lambda: train(model=nn.ReLU(), opt=SGD([weight], lr=.1))),
     'fit_layers_in_a_list': (ValueError, 'no parameter of the model', lambda: train(model=ListNet(), opt=SGD([weight], lr=.1))),
-    'fit_other_optimiser': (ValueError, 'made for another model', lambda: train(opt=SGD(line().parameters(), lr=.1))),
-    'fit_other_torch_optimiser': (ValueError, 'made for another model', lambda: train(opt=torch.optim.Adam(line().parameters()))),
-    'fit_other_optimiser_one_step': (ValueError, 'made for another model',
+    'fit_other_optimiser': (ValueError, 'of another model', lambda: train(opt=SGD(line().parameters(), lr=.1))),
+    'fit_other_torch_optimiser': (ValueError, 'of another model', lambda: train(opt=torch.optim.Adam(line().parameters()))),
+    'fit_other_optimiser_one_step': (ValueError, 'of another model',
                                      lambda: train(opt=SGD(line().parameters(), lr=.1), train_dl=spoilt(0.)[:1])),
     'fit_empty_train': (ValueError, 'no batch in epoch 1; is train_dl empty', lambda: train(train_dl=[])),
     'fit_short_train': (ValueError, 'no batch in epoch 1', lambda: train(train_dl=DataLoader(examples(7), 8, drop_last=True))),
@@ -414,9 +414,16 @@ def test_get_dls_of_single_examples(workers):
         for got, want in zip(valid_dl, by_batch, strict=True): assert_close(tuple(got), want)
 
 
-def test_get_dls_of_single_examples_needs_num_workers():
-    items = Items(*examples(200)[:])
-    with pytest.raises((RuntimeError, TypeError, ValueError)): next(iter(get_dls(items, items)[0]))
+def test_get_dls_takes_what_people_have():
+    x, y = examples(40)[:]
+    pairs = [(x[i].numpy(), int(y[i])) for i in range(40)]
+    for given in (x, y), Items(x, y), torch.utils.data.Subset(Items(x, y), range(40)), pairs, torch.utils.data.TensorDataset(x, y):
+        for workers in None, 0:
+            xb, yb = next(iter(get_dls(given, given, 40, num_workers=workers)[1]))
+            assert_close(xb, x)
+            assert_close(yb, y)
+    xb, yb = next(iter(DataLoader((x, y), 7)))
+    assert_close((xb, yb), (x[:7], y[:7]))
 
 
 def test_get_dls_shuffles_the_training_examples_only():

@@ -6,7 +6,8 @@ from job import run
 
 
 def callbacks():
-    from miniai.callbacks import Accuracy, MetricsCB, ProgressCB, RecorderCB
+    from miniai.metrics import Accuracy, MetricsCB
+    from miniai.progress import ProgressCB, RecorderCB
     return [MetricsCB(Accuracy()), ProgressCB(), RecorderCB()]
 
 

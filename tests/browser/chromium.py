@@ -38,3 +38,23 @@ def screenshot(page, name):
     if not shots: return
     Path(shots).mkdir(parents=True, exist_ok=True)
     page.screenshot(path=Path(shots) / f'{name}.png')
+
+
+player = 'iframe[title^="A backward pass"]'
+
+
+def plays(page):
+    "The first player on a page steps forward and back by keyboard; the title of its first backward step"
+    frame = page.locator(player).first
+    frame.scroll_into_view_if_needed()
+    inside = frame.content_frame
+    position = inside.locator('input[type=range]')
+    position.wait_for(timeout=20_000)
+    inside.locator('h1').click()
+    last = int(position.get_attribute('max'))
+    for key, at in (('ArrowRight', 1), ('End', last), ('ArrowLeft', last - 1), ('Home', 0)):
+        page.keyboard.press(key)
+        assert int(position.input_value()) == at, f'{key} leads to step {position.input_value()}'
+    for _ in range(last):
+        page.keyboard.press('ArrowRight')
+        if (title := inside.locator('h1').inner_text()).startswith('Backward'): return title

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from chromium import chromium, screenshot
+from chromium import chromium, player, plays, screenshot
 
 root = Path(__file__).resolve().parents[2]
 # MINIAI_LAB names others, such as "00 01 02"
@@ -28,11 +28,12 @@ def browser():
 python3 = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}
 watched = """\
 import time
-from miniai.callbacks import Accuracy, MetricsCB, ProgressCB
 from miniai.data import mnist
 from miniai.learner import Callback, Learner
 from miniai.losses import CrossEntropyLoss
+from miniai.metrics import Accuracy, MetricsCB
 from miniai.module import Linear, ReLU, Sequential
+from miniai.progress import ProgressCB
 from miniai.training import SGD, Dataset, get_dls
 
 data = mnist(sample=True)
@@ -155,6 +156,27 @@ def test_runs_from_first_cell_to_last(browser, lab, name):
         wait(page, name)
         screenshot(page, f'lab_{name[:2]}')
         assert any('image/png' in o.get('data', {}) for o in check(page)) or name.startswith(('70', '75', '80', 'index'))
+
+
+def test_the_player_untrusted_and_trusted(browser, lab):
+    "A notebook from someone else is untrusted: a still picture instead of the frame. Once it has run, the player steps"
+    name = '75_backward_player.ipynb'
+    context = browser.new_context(viewport=dict(width=1300, height=900))
+    page = context.new_page()
+    page.goto(f'{lab}/lab/tree/{name}?reset')
+    picture = page.locator('.jp-OutputArea img[alt^="Values and gradients"]')
+    picture.first.wait_for(timeout=60_000)
+    picture.first.scroll_into_view_if_needed()
+    assert page.locator(player).count() == 0
+    assert picture.first.evaluate('i => i.decode().then(() => i.naturalWidth)') > 300 and picture.first.is_visible()
+    screenshot(page, 'lab_player_untrusted')
+    context.close()
+    with opened(browser, lab, name) as page:
+        wait(page, name)
+        check(page)
+        assert page.locator(player).count() > 0
+        assert plays(page)
+        screenshot(page, 'lab_player_trusted')
 
 
 def test_the_progress_display_keeps_up(browser, lab):

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
-from chromium import chromium, need, screenshot
+from chromium import chromium, need, player, plays, screenshot
 
 root = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(root / 'scripts'))
@@ -246,6 +246,17 @@ def test_light_and_dark(browser, folder):
                 page.locator('.cell_output img').first.scroll_into_view_if_needed()
                 screenshot(page, f'{dashed(name)}_figure_{scheme}')
         context.close()
+
+
+@pytest.mark.parametrize('name', ['01_forward_backward', '02_module', '03_cross_entropy', '75_backward_player'])
+@pytest.mark.parametrize('width', [390, 1280])
+def test_the_player_steps_on_the_site(browser, folder, name, width):
+    context = browser.new_context(viewport=dict(width=width, height=900), offline=True)
+    page = context.new_page()
+    page.goto((folder / f'{name}.html').as_uri())
+    assert page.locator(player).count() > 0 and plays(page)
+    screenshot(page, f'{name}_player_{width}')
+    context.close()
 
 
 def test_two_builds_are_identical(site):
