@@ -57,7 +57,6 @@ class Callback:
     def state_dict(self)->dict: # tensors, numbers, strings, and lists and dicts of them
         "What a resumed run needs to continue as if it had not been interrupted"
         return {}
-
     def load_state_dict(self, state_dict:dict):
         "Restore a state from `state_dict()`"
 
@@ -100,15 +99,12 @@ class _Events:
 class _Steps:
     "What a subclass may replace: how a batch is read, and the five steps"
     batch = _given = None # `_given`: the inputs that `predict` got from the caller, without a batch
-
     def inputs(self): # a tensor; a tuple or list, for `model(*x)`; or a dict, for `model(**x)`
         "The inputs in `batch`: the first part of a pair"
         return self._pair()[0]
-
     def targets(self): # whatever the loss function takes
         "The targets in `batch`: the second part of a pair"
         return self._pair()[1]
-
     def n_examples(self)->int:
         "The number of examples in `batch`: the weight of its loss in the mean of an epoch"
         return _length(self.targets())
@@ -195,10 +191,13 @@ class _Loop:
         if self.training:
             self._phase('backward', self.backward)
             if not self.losses: check_opt(self.opt, 'Learner')
-            self._phase('update', self._update)
+            self.update()
         self.losses.append(self.loss.detach())
         self.sizes.append(self.n_examples())
 
+    def update(self):
+        "Take a step and reset the gradients; `CancelStep` skips both"
+        self._phase('update', self._update)
     def _update(self):
         self._phase('step', self.step)
         self.steps += 1
@@ -213,10 +212,8 @@ def _entry(name, value)->str:
 # %% ../nbs/05_learner.ipynb #6d3b8f21
 class _Around:
     "What surrounds the loop: the optimiser, the old modes at the end, a position for errors"
-    def create_opt(self,
-        lr:float|None=None, # new learning rate of every group; None: unchanged
-    ):                      # `opt`
-        "Make the optimiser if there is none; `ValueError` for parameters that are newer than it"
+    def create_opt(self, lr:float|None=None): # new rate of every group; None: unchanged
+        "`opt`, made if there is none; `ValueError` for parameters that are newer than it"
         params = dict(self.model.named_parameters())
         if lr is not None: self.lr = float(lr)
         if self.opt is None:
@@ -261,7 +258,6 @@ class _Around:
         "The position of the fit, as text"
         if not self.epoch: return 'before the first epoch'
         return f'epoch {self.epoch}, {self._kind()} batch {self.batch_idx} (counted from 0)'
-
     def _kind(self): return 'training' if self.training else 'validation'
     def _device(self): return next((p.device for p in self.model.parameters()), None)
 
@@ -300,9 +296,7 @@ def _generators(dls):
     found = [g for o in owners if isinstance(g := getattr(o, 'generator', None), torch.Generator)]
     return list(dict.fromkeys(found))
 
-def check_replayable(
-    dl, # a loader
-):
+def check_replayable(dl): # a loader
     "`ValueError` for persistent workers: their state can be neither saved nor restored"
     if getattr(dl, 'persistent_workers', False):
         raise ValueError('Learner: the loader has persistent_workers=True, so its order cannot '
@@ -505,9 +499,7 @@ def state_dict(learn)->dict: # numbers, tensors, lists and dicts
             'sizes': torch.tensor(learn.sizes if begun else [], dtype=torch.int64),
             'random': now, 'random_before': learn._random_before if begun else now}
 
-def load_state_dict(learn,
-    state_dict:dict, # from `state_dict()`
-):
+def load_state_dict(learn, state_dict:dict): # from `state_dict()`
     "Make the next fit continue there; the caller restores model and optimiser"
     learn._resume = state_dict
 
