@@ -4,7 +4,7 @@ from torch import nn
 
 from miniai.learner import Learner
 from miniai.metrics import Accuracy, F1, MetricsCB
-from miniai.training import Dataset, get_dls
+from miniai.training import get_dls
 
 torch.manual_seed(0)
 row, column = torch.meshgrid(torch.arange(16.), torch.arange(16.), indexing='ij')
