@@ -442,6 +442,29 @@ def test_what_each_exception_skips(kind, event, batch, steps, epochs):
     if epochs: assert len(learn.losses) == (12 if kind is CancelBatch else 13)
 
 
+def test_a_callback_may_take_a_step_of_its_own():
+    class Last(Callback):
+        "One step an epoch, at its end, with the sum of all gradients"
+        due = False
+        def before_train(self, learn): self.due = False
+        def before_step(self, learn):
+            if not self.due: raise CancelStep
+        def after_train(self, learn):
+            self.due = True
+            learn.update()
+    seen = []
+    learn = learner(BATCHES[:3], engine='ours')
+    other = copy.deepcopy(learn)
+    learn.fit(2, cbs=[Last(), at('after_zero_grad', lambda l: seen.append(l.steps))], **fast)
+    opt = other.create_opt()
+    for _ in range(2):
+        sum(other.loss_func(other.model(xb), yb) for xb, yb in BATCHES[:3]).backward()
+        opt.step()
+        opt.zero_grad()
+    assert_close(weights(learn), weights(other))
+    assert learn.steps == 2 and seen == [1, 2]
+
+
 @pytest.mark.parametrize('engine', ['ours', 'torch'])
 @pytest.mark.parametrize('event', EVENTS)
 def test_an_error_at_any_event_leaves_a_learner_that_works(event, engine):
@@ -682,6 +705,7 @@ PASSES = 'predict(loader)', 'evaluate(loader)', 'trial'                 # a pass
 @pytest.mark.parametrize('name', [*LOADERS, *PERSISTENT])
 def test_a_use_leaves_the_next_epochs_as_they_were(name, use):
     if name in PERSISTENT and use in PASSES: pytest.skip('check_replayable is for these')
+    if 'workers' in name and use not in ('summary', 'show_results', 'evaluate', *PASSES): pytest.skip('starting workers takes time')
     import matplotlib.pyplot as plt
     seed_all(1)
     make = {**LOADERS, **PERSISTENT}[name]
