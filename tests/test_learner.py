@@ -2,6 +2,7 @@
 import copy
 import io
 import random
+import time
 from contextlib import nullcontext
 from functools import partial
 
@@ -543,6 +544,13 @@ def test_records_of_each_kind_of_fit():
     frozen = learner(valid_dl=BATCHES)
     frozen.model.requires_grad_(False)
     assert len(frozen.fit(1, train=False, **fast)) == 1                 # evaluation needs no gradients
+
+
+def test_the_seconds_of_an_epoch():
+    learn, start = learner(BATCHES[:2]), time.perf_counter()
+    records = learn.fit(2, cbs=[at('before_batch', lambda l: time.sleep(.03))], **fast)
+    took = time.perf_counter() - start
+    assert all(.06 < r['seconds'] < took for r in records) and .12 < sum(r['seconds'] for r in records) < took
 
 
 def test_learning_rates():
