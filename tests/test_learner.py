@@ -652,6 +652,10 @@ def test_predict_and_evaluate_take(name, engine):
     assert_close(learn.evaluate(fresh())['loss'], nn.functional.cross_entropy(truth, y[:len(truth)]).item())
 
 
+def test_a_list_with_a_batch_that_is_no_pair_is_read_as_batches():
+    with pytest.raises(ValueError, match='the batch is a Tensor'): learner().predict([BATCHES[0], x[:16]])
+
+
 def test_predict_has_all_examples_in_order():
     big = torch.arange(2500.)[:, None]
     learn = Learner(nn.Sequential(nn.Identity(), nn.Linear(1, 1)), (BATCHES, None), squares)
@@ -946,6 +950,7 @@ def test_the_position_is_made_of_plain_values():
     file = io.BytesIO()
     torch.save(position, file)
     file.seek(0)
+    assert learn.state_dict()['sizes'].dtype == torch.int64              # between two epochs: empty
     short = learner(BATCHES[:4])
     before = weights(short)
     short.load_state_dict(torch.load(file, weights_only=True))
