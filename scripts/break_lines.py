@@ -340,13 +340,12 @@ def places_in(
     _, cells = cells_of(nb_path)
     name = next((d['default_exp'] for c in cells if 'default_exp' in (d := directives(c['source'])[0])), None)
     if name is None: return None
-    first_module, found = f'{lib}/{name.replace(".", "/")}.py', []
+    module = f'{lib}/{name.replace(".", "/")}.py'
+    if not (root/module).exists(): sys.exit(f'break_lines: {module} is missing: run nbdev_export')
+    lines, found = (root/module).read_text(encoding='utf-8').splitlines(), []
     for no, c in enumerate(cells, 1):
         d, code = directives(c['source'])
         if c['cell_type'] != 'code' or not {'export', 'exports', 'exporti'} & d.keys() or not code: continue
-        module = f'{lib}/{d["export"]}.py' if d.get('export') else first_module   # `#| export NAME` makes a second module
-        if not (root/module).exists(): sys.exit(f'break_lines: {module} is missing: run nbdev_export')
-        lines = (root/module).read_text(encoding='utf-8').splitlines()
         at = next((i + 1 for i, s in enumerate(lines) if re.match(rf'# %% \S*{re.escape(nb_path.name)} #{c["id"]}$', s)), None)
         old = code.splitlines()
         if at is None or not all(a.rstrip() == b.rstrip() or 'import' in a for a, b in zip(old, lines[at:at + len(old)], strict=True)):
@@ -357,7 +356,7 @@ def places_in(
             text = '\n'.join([*lines[:at + first], *new, *lines[at + last + 1:]]) + '\n'
             before, after = joined('\n'.join(old[first:last + 1])), joined('\n'.join(new))
             found.append(Place(nb_path.name, module, at + first + 1, no, c['id'], function, kind, before, after, head + changed, text))
-    return Chapter(nb_path.name, first_module, found)
+    return Chapter(nb_path.name, module, found)
 
 
 def choose(

@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Every notebook runs by itself on the sample: from a clean kernel, in a copy of the project that holds only the modules of
-lower-numbered chapters, so neither its own module nor a later one can help it. (A second module of its own is there, since the first
-one imports it.) A solution has its own chapter's modules, too. What a
+lower-numbered chapters, so neither its own module nor a later one can help it. A solution has its own chapter's module, too. What a
 story imports from an appendix (70 and up) is there with all that the appendix imports.
 
     python scripts/check_alone.py           every chapter and solution
@@ -25,10 +24,9 @@ if found: sys.exit(f'the modules {found} can be imported, though the copy does n
 """
 
 
-def modules_of(nb):
-    "The module that `nb` makes, and those of its cells with `#| export NAME`"
-    text = nb.read_text(encoding='utf-8')
-    return re.findall(r'#\s*\|\s*default_exp\s+(\w+)', text) + sorted(set(re.findall(r'#\s*\|\s*export +(\w+)', text)))
+def module_of(nb):
+    m = re.search(r'#\s*\|\s*default_exp\s+(\w+)', nb.read_text(encoding='utf-8'))
+    return m and m[1]
 
 
 def modules_for(nb, made_by):
@@ -36,7 +34,6 @@ def modules_for(nb, made_by):
     last = nb.name[:2] if nb.parent == root / 'nbs' else nb.name[:2] + '+'
     text, found = nb.read_text(encoding='utf-8'), set()
     todo = [m for m, number in made_by.items() if number < last or number >= '70' and f'from miniai.{m} import' in text]
-    todo += modules_of(nb)[1:]
     while todo:
         found.add(m := todo.pop())
         todo += set(re.findall(r'from \.(\w+) import', (root / 'miniai' / f'{m}.py').read_text(encoding='utf-8'))) - found
@@ -68,7 +65,7 @@ def alone(nb, made_by, folder):
 
 def main():
     chapters = sorted((root / 'nbs').glob('[0-9][0-9]_*.ipynb'))
-    made_by = {m: nb.name[:2] for nb in chapters for m in modules_of(nb)}
+    made_by = {module_of(nb): nb.name[:2] for nb in chapters if module_of(nb)}
     solutions = sorted((root / 'nbs' / 'solutions').glob('*.ipynb'))
     chosen = [nb for nb in chapters + solutions if not sys.argv[1:] or nb.name.startswith(tuple(sys.argv[1:]))]
     passed = failed = 0

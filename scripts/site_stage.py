@@ -54,9 +54,7 @@ class Notebook:
         self.title = re.search(r'^# (.+)$', text(self.cells[0]['source']), re.M)[1]
         self.number = path.name[:2] if path.name[:2].isdigit() else ''
         self.module = next((m for m in (directive(s, 'default_exp') for s in self.code) if m), None)
-        self.exports = {n: directive(s, 'export') or self.module   # name -> module; `#| export NAME` makes a second module
-                        for s in self.code if directive(s, 'export') is not None for n in definitions(s)}
-        self.modules = list(dict.fromkeys([self.module, *self.exports.values()])) if self.module else []
+        self.exports = [n for s in self.code if directive(s, 'export') is not None for n in definitions(s)]
         self.label = self.name.removesuffix('.ipynb').replace('/', '-').replace('_', '-')
 
 
@@ -70,7 +68,7 @@ class Stage:
     def __init__(self, out):
         self.out, self.notebooks = Path(out), all_notebooks()
         self.chapters = {nb.number: nb for nb in self.notebooks if nb.number and '/' not in nb.name}
-        self.modules = {m: nb for nb in self.chapters.values() for m in nb.modules}
+        self.modules = {nb.module: nb for nb in self.chapters.values() if nb.module}
         self.wrong = []
 
     # ---- links
@@ -111,9 +109,9 @@ class Stage:
 
     def names(self, nb):
         "The names of miniai that mean in this notebook what the package means: its own, and those it imports"
-        names = dict(nb.exports) if nb.module else {}
+        names = {n: nb.module for n in nb.exports} if nb.module else {}
         for m in re.finditer(r'^\s*from miniai\.(\w+) import ([\w, ]+)', '\n'.join(nb.code), re.M):
-            if m[1] in self.modules: names |= {n.strip(): m[1] for n in m[2].split(',') if self.modules[m[1]].exports.get(n.strip()) == m[1]}
+            if m[1] in self.modules: names |= {n.strip(): m[1] for n in m[2].split(',') if n.strip() in self.modules[m[1]].exports}
         return names
 
     def link_names(self, code, names):
@@ -147,7 +145,7 @@ class Stage:
         solution = nbs / 'solutions' / nb.path.name
         if nb.path.parent == nbs and solution.exists(): links.append(f'[Solutions](solutions/{nb.path.name})')
         if nb.path.parent != nbs: links.append(f'[The chapter](../{nb.path.name})')
-        links += [f'[API](api/{m}.md)' if len(nb.modules) == 1 else f'[API of {m}](api/{m}.md)' for m in nb.modules]
+        if nb.module: links.append(f'[API](api/{nb.module}.md)')
         if not nb.number: links.append('[API](api/index.md)')
         links.append(f'[Notation and terms]({up}notation.md)')
         colab = f'In Colab, run `%pip install git+{github}` first.'
@@ -169,10 +167,9 @@ class Stage:
         if alt and figures: new['metadata']['mystnb'] = {'image': {'alt': alt}}
         names = definitions(source) if exported and nb.module else []
         if not names: return [new]
-        module = nb.exports[names[0]]
-        labels = '\n'.join(f'(built-{module}-{n})=' for n in names)
-        links = ', '.join(f'{{py:obj}}`{n} <miniai.{module}.{n}>`' for n in names)
-        note = f'{labels}\n```{{rst-class}} built\n```\n\nPart of `miniai.{module}`: {links}'
+        labels = '\n'.join(f'(built-{nb.module}-{n})=' for n in names)
+        links = ', '.join(f'{{py:obj}}`{n} <miniai.{nb.module}.{n}>`' for n in names)
+        note = f'{labels}\n```{{rst-class}} built\n```\n\nPart of `miniai.{nb.module}`: {links}'
         return [dict(cell_type='markdown', id='n' + cell['id'][:7], metadata={}, source=note), new]
 
     def notebook(self, nb):
@@ -201,7 +198,7 @@ class Stage:
         folder.mkdir()
         lines = []
         for module, nb in self.modules.items():
-            names = ', '.join(f'{{py:obj}}`{n} <miniai.{module}.{n}>`' for n, m in nb.exports.items() if m == module)
+            names = ', '.join(f'{{py:obj}}`{n} <miniai.{module}.{n}>`' for n in nb.exports)
             lines.append(f'| [`miniai.{module}`]({module}.md) | {names} |')
             page = (f'# miniai.{module}\n\nBuilt in chapter [{nb.title}](../{nb.name}).\n\n'
                     f'```{{eval-rst}}\n.. automodule:: miniai.{module}\n```\n')

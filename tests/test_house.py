@@ -56,12 +56,12 @@ def parse(source):
     return ast.parse('\n'.join('pass' if re.match(r'\s*[%!?]', line) else line for line in source.splitlines()))
 
 
-def modules_of(nb):
-    "The module of a chapter, and a second one that cells with `#| export NAME` make"
-    return list(dict.fromkeys(d.split()[1] for s, _ in code_cells(nb) for d in directives(s) if re.match(r'(default_exp|export) \w', d)))
+def module_of(nb):
+    names = [d.split()[1] for s, _ in code_cells(nb) for d in directives(s) if d.startswith('default_exp ')]
+    return names[0] if names else None
 
 
-number = {module: nb.name[:2] for nb in chapters for module in modules_of(nb)}
+number = {module_of(nb): nb.name[:2] for nb in chapters if module_of(nb)}
 
 
 def imports(source):
@@ -163,8 +163,7 @@ def test_imports_point_to_lower_numbers_by_name(nb):
             if not module.startswith('miniai.'): continue
             assert name or source not in export, f'import {module}: exported code imports names'
             made_in = number.get(module.split('.')[1], 'none')
-            own = source in export and module.split('.')[1] in modules_of(nb)[1:]
-            assert made_in < limit or own or source not in export and '70' <= made_in < 'none', \
+            assert made_in < limit or source not in export and '70' <= made_in < 'none', \
                 f'{nb.name} imports {module}, which comes later or from no chapter'
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(root / 'scripts'))
 import site_stage  # noqa: E402
 
 notebooks = site_stage.all_notebooks()
-modules = [m for nb in notebooks for m in nb.modules]
+modules = [nb.module for nb in notebooks if nb.module]
 
 
 def build(folder):
@@ -188,7 +188,7 @@ def test_chapters_lead_on_and_back_and_out(folder):
 def test_api(module, folder):
     m = import_module('miniai.' + module)
     html = (folder / 'api' / f'{module}.html').read_text(encoding='utf-8')
-    chapter = next(nb for nb in notebooks if module in nb.modules)
+    chapter = next(nb for nb in notebooks if nb.module == module)
     for name in [n for n in m.__all__ if callable(getattr(m, n))]:
         assert f'id="miniai.{module}.{name}"' in html, name
         anchor = re.sub(r'[^a-z0-9]+', '-', f'built-{module}-{name}'.lower()).strip('-')
