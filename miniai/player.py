@@ -611,32 +611,33 @@ def number_text(v):
     return text.replace('-', '−')
 
 
-def svg_grid(t, x, y):
-    "A tensor as a grid of coloured numbers with its corner at `(x, y)`, and its width and height"
+def svg_grid(t, x):
+    "A tensor as a grid of coloured numbers, `x` to the right, and its width and height"
     rows, parts = as_matrix(t), []
     most = max([abs(v) for row in rows for v in row if math.isfinite(v)], default=0) or 1
+    colour = .6 if t.is_floating_point() else 0 # labels have none
     for r, row in enumerate(rows):
         for c, v in enumerate(row):
-            strength = min(1, abs(v) / most) * .6 if v == v else 1
-            parts.append(f'<rect x="{x + 57*c}" y="{y + 22*r}" width="55" height="20" '
+            strength = min(1, abs(v) / most) * colour if v == v else 1
+            parts.append(f'<rect x="{x + 57*c}" y="{38 + 22*r}" width="55" height="20" '
                          f'fill="{"#e66101" if v > 0 else "#2166ac"}" opacity="{strength:.2f}"/>'
-                         f'<text x="{x + 57*c + 27}" y="{y + 22*r + 14}" text-anchor="middle">'
+                         f'<text x="{x + 57*c + 27}" y="{52 + 22*r}" text-anchor="middle">'
                          f'{number_text(v)}</text>')
     return ''.join(parts), 57 * len(rows[0]), 22 * len(rows)
 
 
-def block(q, source, x, y):
+def block(q, source):
     "A quantity with its value and its gradient side by side, and the width and height of both"
     title = f'{q.name} {shape_text(q.value)}{source}'
-    value, wide, high = svg_grid(q.value, x, y + 38)
-    parts = [f'<text x="{x}" y="{y + 13}" font-weight="bold">{html.escape(title)}'
-             f'</text><text x="{x}" y="{y + 30}">value</text>{value}']
+    value, wide, high = svg_grid(q.value, 0)
+    drawn = (f'<text y="13" font-weight="bold">{html.escape(title)}</text>'
+             f'<text y="30">value</text>{value}')
     if q.grad is not None:
-        at = x + max(wide, 57) + 14
-        grad, more, _ = svg_grid(q.grad, at, y + 38)
-        parts.append(f'<text x="{at}" y="{y + 30}">gradient</text>{grad}')
-        wide = at - x + max(more, 62)
-    return ''.join(parts), max(wide, 7 * len(title)), high + 38
+        at = max(wide, 57) + 14
+        grad, more, _ = svg_grid(q.grad, at)
+        drawn += f'<text x="{at}" y="30">gradient</text>{grad}'
+        wide = at + max(more, 62)
+    return drawn, max(wide, 7 * len(title)), high + 38
 
 
 def picture_svg(recorded, width=880):
@@ -645,10 +646,9 @@ def picture_svg(recorded, width=880):
     shown = [(q, '') for q in recorded.leaves]
     for q, source in [*shown, *((op.out, f' = {op.kind}') for op in recorded.ops)]:
         if q.value is None: continue
-        wide = block(q, source, x, y)[1]
+        drawn, wide, high = block(q, source)
         if x > 12 and x + wide > width: x, y, line = 12, y + line + 18, 0
-        drawn, wide, high = block(q, source, x, y)
-        parts.append(drawn)
+        parts.append(f'<g transform="translate({x} {y})">{drawn}</g>')
         x, line = x + wide + 34, max(line, high)
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y + line + 12}" '
             f'width="{width}" font-family="monospace" font-size="11" fill="#111">'
