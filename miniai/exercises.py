@@ -219,7 +219,7 @@ def _why(got, want, out, slip, x, wrt):
         if (why := _multiple(got, want)): return why
         if _close(got, slip).all(): return ' Is the inner derivative there?'
         if _close(got, out).all(): return ' This is the function, not its derivative.'
-        if _close(got - (c := (got - want)[0]), want).all(): return f' It is {c:.4g} too large.'
+        if _close(got - (c := (got - want).mean()), want).all(): return f' It is {c:.4g} too large.'
     for sign, side in ('> 0', x > 0), ('< 0', x < 0):
         if side.any() and _close(got, want)[side].all(): return f' For {wrt} {sign} it is right.'
     return ''

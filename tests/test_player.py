@@ -498,6 +498,29 @@ def test_colours_can_be_read(open_page, mode):
         page.keyboard.press('ArrowRight')
 
 
+def with_inf(): return Sequential(Linear(2, 2), ReLU()), lambda out, y: (out / 0).sum(), normal(1, 2), tensor(0)
+
+
+apart = '''() => {
+  const out = [], view = document.querySelector('svg').getBoundingClientRect(), boxes = [...document.querySelectorAll('g rect')].map(e => e.getBoundingClientRect())
+  const titles = [...document.querySelectorAll('g > text:first-of-type')].map(e => e.getBoundingClientRect()), all = [...boxes, ...titles]
+  for (const b of all) if (b.left < view.left || b.right > view.right || b.top < view.top || b.bottom > view.bottom) out.push('outside')
+  all.forEach((a, i) => all.slice(i + 1).forEach(b => { if (a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1) out.push('overlap') }))
+  return [out, Math.max(...boxes.map(b => b.right)) - view.left] }'''
+
+
+@pytest.mark.parametrize('net', [*NETS, largest, with_inf], ids=lambda f: f.__name__)
+def test_the_still_picture_is_laid_out(browser, net):
+    svg = player.picture_svg(record(*seeded(net)))
+    page = browser.new_page(viewport=dict(width=1000, height=700))
+    page.set_content(f'<body style="margin:0">{svg}</body>')
+    problems, right = page.evaluate(apart)
+    page.close()
+    assert problems == [] and right > 300, 'several tensors stand side by side'
+    strengths = {float(s) for s in re.findall('opacity="(.*?)"', svg)}
+    assert strengths <= {1.} | {k/100 for k in range(61)} and .6 in strengths
+
+
 def test_the_frame_runs_in_a_sandbox(browser):
     p = seeded(lambda: play(*residual()))
     page = browser.new_page()
