@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'EVENTS', 'CancelFit', 'CancelEpoch', 'CancelBatch', 'CancelStep', 'Callback', 'random_state',
-           'set_random_state', 'check_replayable', 'to_device', 'Summary', 'Learner']
+           'set_random_state', 'check_replayable', 'to_device', 'Learner', 'Summary', 'summary', 'show_batch',
+           'show_results', 'state_dict', 'load_state_dict']
 
 # %% ../nbs/05_learner.ipynb #cfa0457b
 import copy
@@ -56,7 +57,6 @@ class Callback:
     def state_dict(self)->dict: # tensors, numbers, strings, and lists and dicts of them
         "What a resumed run needs to continue as if it had not been interrupted"
         return {}
-
     def load_state_dict(self, state_dict:dict):
         "Restore a state from `state_dict()`"
 
@@ -65,9 +65,8 @@ class Callback:
 # %% ../nbs/05_learner.ipynb #b7f76cde
 def _in_order(cbs)->list:
     "The callbacks sorted by `order`, smallest first"
-    for i, cb in enumerate(cbs):
-        if any(cb is c for c in cbs[:i]):
-            raise ValueError(f'Learner: the same {cb} object is given twice, to the learner and to fit')
+    twice = [cb for i, cb in enumerate(cbs) if any(cb is c for c in cbs[:i])]
+    if twice: raise ValueError(f'Learner: the same {twice[0]} object is given twice; give it once')
     return sorted(cbs, key=lambda cb: cb.order)
 
 def _listeners(cbs)->dict:
@@ -84,20 +83,183 @@ class _Events:
         "`before_` events, the work, `after_` events, and in any case `cleanup_` events"
         before, after, cleanup = self._calls[name]
         try:
-            if before: self._call(before)
+            for call in before: call(self)
             work()
-            if after: self._call(after)
+            for call in after: call(self)
         except _CANCELS.get(name, ()): pass
         finally:
             if cleanup: self._cleanup(cleanup)
-
-    def _call(self, calls):
-        for call in calls: call(self)
 
     def _cleanup(self, calls):
         "Call all of them, last one first, even if one fails"
         with ExitStack() as stack:
             for call in calls: stack.callback(call, self)
+
+# %% ../nbs/05_learner.ipynb #6e1d0a41
+class _Steps:
+    "What a subclass may replace: how a batch is read, and the five steps"
+    batch = _given = None # `_given`: the inputs that `predict` got from the caller, without a batch
+    def inputs(self): # a tensor; a tuple or list, for `model(*x)`; or a dict, for `model(**x)`
+        "The inputs in `batch`: the first part of a pair"
+        return self._pair()[0]
+    def targets(self): # whatever the loss function takes
+        "The targets in `batch`: the second part of a pair"
+        return self._pair()[1]
+    def n_examples(self)->int:
+        "The number of examples in `batch`: the weight of its loss in the mean of an epoch"
+        return _length(self.targets())
+
+    def forward(self):
+        "The step: compute `preds` from the inputs"
+        x = self.xb
+        if isinstance(x, dict): self.preds = self.model(**x)
+        elif isinstance(x, (tuple, list)): self.preds = self.model(*x)
+        else: self.preds = self.model(x)
+    def get_loss(self):
+        "The step: compute `loss` from `preds` and the targets"
+        self.loss = self.loss_func(self.preds, self.yb)
+    def backward(self):
+        "The step: compute `.grad` of every parameter"
+        self.loss.backward()
+    def step(self):
+        "The step: update the parameters"
+        self.opt.step()
+    def zero_grad(self):
+        "The step: reset the gradients"
+        self.opt.zero_grad()
+
+    xb = property(lambda self: self.inputs() if self._given is None else self._given)
+    yb = property(lambda self: self.targets())
+
+    def _pair(self):
+        b = self.batch
+        if isinstance(b, (tuple, list)) and len(b) == 2: return b
+        size = f' of shape {tuple(b.shape)}' if isinstance(b, Tensor) else ''
+        if isinstance(b, (tuple, list, dict)): size = f' of {len(b)} parts'
+        raise ValueError(f'Learner: the batch is a {type(b).__name__}{size}, must be a pair '
+                         '(inputs, targets); or override inputs() and targets() in a subclass')
+
+def _length(x)->int:
+    "The number of examples in a tensor, or in the first tensor of a tuple, list or dict"
+    if isinstance(x, dict): x = [*x.values()]
+    return _length(x[0]) if isinstance(x, (tuple, list)) else len(x)
+
+# %% ../nbs/05_learner.ipynb #b0f4a7d3
+class _Loop:
+    "A fit has epochs, an epoch has two passes, a pass has batches, a batch has the steps"
+    def _fit(self):
+        try:
+            while self.epochs_done < self.epochs:
+                self.epoch = self.epochs_done + 1
+                self._phase('epoch', self._epoch)
+                self.epochs_done, self.batches_done = self.epoch, 0
+        except CancelFit: pass # `after_fit` follows
+
+    def _epoch(self):
+        start, self.record = time.perf_counter(), {'epoch': self.epoch}
+        for phase, dl, work in (('train', self.train_dl, self._pass),
+                                ('validate', self.valid_dl, self._validate)):
+            self.training, self.dl, self.batch_idx = phase == 'train', dl, 0
+            if dl is not None: self._phase(phase, work)
+        self.record['seconds'] = time.perf_counter() - start
+        self.records.append(self.record)
+        self.epochs_done, self.batches_done = self.epoch, 0
+        if self.progress and not any(cb.shows_progress for cb in self.running_cbs):
+            print(', '.join(_entry(*item) for item in self.record.items()))
+
+    def _validate(self):
+        with self._evaluated(): self._pass()
+    def _pass(self):
+        self.losses, self.sizes, name = [], [], 'train' if self.training else 'valid'
+        self.model.train(self.training)
+        batches = self._batches()
+        with torch.set_grad_enabled(self.training):
+            for self.batch_idx, self.batch in batches:
+                if self.training: self.batches_done = self.batch_idx + 1
+                self._phase('batch', self._batch)
+        if not self.losses:
+            raise ValueError(f'Learner: {name}_dl gave no batch, or all of them were cancelled; '
+                             'is it empty, or a used generator?')
+        place = f'epoch {self.epoch}, {self._kind()} batch'
+        self.record[f'{name}_loss'] = mean_loss(self.losses, self.sizes, 'Learner', place)
+
+    def _batches(self): return enumerate(self.dl)
+    def _batch(self):
+        self._phase('forward', self.forward)
+        if not self.losses: check_shapes(self.preds, self.yb, 'Learner')
+        self._phase('get_loss', self.get_loss)
+        if self.training:
+            self._phase('backward', self.backward)
+            if not self.losses: check_opt(self.opt, 'Learner')
+            self.update()
+        self.losses.append(self.loss.detach())
+        self.sizes.append(self.n_examples())
+
+    def update(self):
+        "Take a step and reset the gradients; `CancelStep` skips both"
+        self._phase('update', self._update)
+    def _update(self):
+        self._phase('step', self.step)
+        self.steps += 1
+        self._phase('zero_grad', self.zero_grad)
+
+def _entry(name, value)->str:
+    "An entry of a record: `epoch 1`, `valid loss 0.2786`, `0.9 s`"
+    if name == 'seconds': return f'{value:.1f} s'
+    value = f'{value:.4f}' if isinstance(value, float) else value
+    return f'{name.replace("_", " ")} {value}'
+
+# %% ../nbs/05_learner.ipynb #6d3b8f21
+class _Around:
+    "What surrounds the loop: the optimiser, the old modes at the end, a position for errors"
+    def create_opt(self, lr:float|None=None): # new rate of every group; None: unchanged
+        "`opt`, made if there is none; `ValueError` for parameters that are newer than it"
+        params = dict(self.model.named_parameters())
+        if lr is not None: self.lr = float(lr)
+        if self.opt is None:
+            options = {} if self.lr is None else {'lr': float(self.lr)}
+            self.opt, self._known = self.opt_func(params.values(), **options), None
+        for g in self.opt.param_groups if lr is not None else ():
+            g['lr'] = self.lr
+            g.pop('initial_lr', None) # the starting value of an earlier schedule
+        if self._known is None: self._known = set(params.values())
+        trained = {p for g in self.opt.param_groups for p in g['params']}
+        new = [k for k, p in params.items() if p.requires_grad and p not in self._known | trained]
+        if new:
+            raise ValueError(f'Learner: {", ".join(new)} did not exist when the optimiser was made '
+                             'and would not be trained; for a new optimiser set learn.opt = None')
+        return self.opt
+
+    def _run(self, epochs, train, dls, cbs, progress):
+        if self._calls is not None:
+            raise RuntimeError('Learner: a fit is running; a callback must not start another one')
+        kind, needed = ('training', dls[0]) if train else ('validation', dls[1])
+        if needed is None: raise ValueError(f'Learner: there is no {kind} loader; give one')
+        check_loss_func(self.loss_func)
+        self.train_dl, self.valid_dl = dls if train else (None, dls[1])
+        self.epochs, self.will_train, self.progress, self.records = epochs, train, progress, []
+        self.epoch = self.epochs_done = self.batches_done = self.batch_idx = 0
+        modes = [(m, m.training) for m in self.model.modules()]
+        try:
+            self.running_cbs = _in_order([*self.cbs, *cbs])
+            self._calls = _listeners(self.running_cbs)
+            self._phase('fit', self._fit)
+        except Exception as e:
+            e.add_note(f'in {self.where()}')
+            raise
+        finally:
+            for m, mode in modes: m.training = mode
+            self._calls = self.batch = self.preds = self.loss = None # frees the graph
+            self.train_dl, self.valid_dl = self.dls
+            self.training, self.will_train, self.running_cbs = False, False, []
+        return self.records
+
+    def where(self)->str:
+        "The position of the fit, as text"
+        if not self.epoch: return 'before the first epoch'
+        return f'epoch {self.epoch}, {self._kind()} batch {self.batch_idx} (counted from 0)'
+    def _kind(self): return 'training' if self.training else 'validation'
+    def _device(self): return next((p.device for p in self.model.parameters()), None)
 
 # %% ../nbs/05_learner.ipynb #9cc33ce2
 def random_state(
@@ -134,73 +296,47 @@ def _generators(dls):
     found = [g for o in owners if isinstance(g := getattr(o, 'generator', None), torch.Generator)]
     return list(dict.fromkeys(found))
 
-def check_replayable(
-    dl, # a loader
-):
+def check_replayable(dl): # a loader
     "`ValueError` for persistent workers: their state can be neither saved nor restored"
     if getattr(dl, 'persistent_workers', False):
-        raise ValueError('Learner: the loader has persistent_workers=True, so its order can not be '
-                         'repeated after a trial or in a resumed run; use persistent_workers=False')
+        raise ValueError('Learner: the loader has persistent_workers=True, so its order cannot '
+                         'be repeated; use persistent_workers=False')
 
-# %% ../nbs/05_learner.ipynb #6e1d0a41
-class _Steps:
-    "What a subclass may replace: how a batch is read, and the five steps"
-    def inputs(self): # a tensor; a tuple or list, for `model(*x)`; or a dict, for `model(**x)`
-        "The inputs in `batch`: the first part of a pair"
-        return self._pair()[0]
+# %% ../nbs/05_learner.ipynb #d27c9e15
+def to_device(
+    x,      # a tensor, or tuples, lists and dicts of tensors; anything else stays as it is
+    device, # a `torch.device` or its name; None: no change
+):          # the same with every tensor on the device; the containers are new
+    "Move a batch, or the inputs of a model"
+    if isinstance(x, Tensor): return x.to(device)
+    if isinstance(x, dict): return {k: to_device(v, device) for k, v in x.items()}
+    if not isinstance(x, (tuple, list)): return x
+    return (tuple if isinstance(x, tuple) else list)(to_device(v, device) for v in x)
 
-    def targets(self): # whatever the loss function takes
-        "The targets in `batch`: the second part of a pair"
-        return self._pair()[1]
+def _is_inputs(data)->bool:
+    "True for a tensor, an array, a dict, and a tuple or list of tensors or arrays"
+    kinds = Tensor, np.ndarray
+    if isinstance(data, (tuple, list)): return all(isinstance(t, kinds) for t in data)
+    return isinstance(data, (*kinds, dict))
 
-    def n_examples(self)->int:
-        "The number of examples in `batch`: the weight of its loss in the mean of an epoch"
-        return _length(self.targets())
+def _parts(x, bs):
+    "The inputs of a model in parts of `bs` examples"
+    if isinstance(x, dict): return (dict(zip(x, p)) for p in _parts([*x.values()], bs))
+    if isinstance(x, (tuple, list)): return zip(*(_parts(t, bs) for t in x), strict=True)
+    return torch.as_tensor(x).split(bs)
 
-    def forward(self):
-        "The step: compute `preds` from the inputs"
-        x = self.xb
-        if isinstance(x, dict): self.preds = self.model(**x)
-        elif isinstance(x, (tuple, list)): self.preds = self.model(*x)
-        else: self.preds = self.model(x)
-
-    def get_loss(self):
-        "The step: compute `loss` from `preds` and the targets"
-        self.loss = self.loss_func(self.preds, self.yb)
-
-    def backward(self):
-        "The step: compute `.grad` of every parameter"
-        self.loss.backward()
-
-    def step(self):
-        "The step: update the parameters"
-        self.opt.step()
-
-    def zero_grad(self):
-        "The step: reset the gradients"
-        self.opt.zero_grad()
-
-    @property
-    def xb(self): return self.inputs() if self._given is None else self._given # see `predict`
-    @property
-    def yb(self): return self.targets()
-
-    def _pair(self):
-        b = self.batch
-        if isinstance(b, (tuple, list)) and len(b) == 2: return b
-        found = f'tensor of shape {tuple(b.shape)}' if isinstance(b, Tensor) else type(b).__name__
-        parts = f' of {len(b)} parts' if isinstance(b, (tuple, list, dict)) else ''
-        raise ValueError(f'Learner: the batch is a {found}{parts}, must be a pair (inputs, targets), '
-                         'or override inputs() and targets() in a subclass')
-
-def _length(x)->int:
-    "The number of examples in a tensor, or in the first tensor of a tuple, list or dict"
-    if isinstance(x, dict): x = [*x.values()]
-    return _length(x[0]) if isinstance(x, (tuple, list)) else len(x)
+def _loader(data, bs=1024):
+    "Batches of a dataset or of tensors `(x, y)`; a loader or a list of batches stays as it is"
+    tensors = isinstance(data, tuple) and _is_inputs(data)
+    if tensors or isinstance(data, Dataset): return DataLoader(data, bs)
+    is_dataset = hasattr(data, '__getitem__') and not isinstance(data, (tuple, list))
+    return ItemLoader(data, bs) if is_dataset else data
 
 # %% ../nbs/05_learner.ipynb #5c7d21e9
-class _Keeps:
-    "Uses of the model that leave the run as it was, and the position of a run"
+class _Uses:
+    "Uses of the model that leave the run as it was"
+    _inside = False # True in the phase `evaluate`
+
     @contextmanager
     def evaluating(self):
         "Evaluation mode, no gradients; modes and random generators are restored on exit"
@@ -219,274 +355,12 @@ class _Keeps:
         outer, self._inside = self._inside, True
         calls = self._calls['evaluate'] if self._calls and not outer else ((), (), ())
         try:
-            self._call(calls[0])
+            for call in calls[0]: call(self)
             yield
-            self._call(calls[1])
+            for call in calls[1]: call(self)
         finally:
             self._inside = outer
             self._cleanup(calls[2])
-
-    def trial(self): # a learner
-        "A copy to train and throw away: model, optimiser and needed callbacks are copied, too"
-        new, needed = copy.copy(self), [cb for cb in self.cbs if cb.needed]
-        kept = self.model, self.opt, self._known, needed # together, so that they stay connected
-        new.model, new.opt, new._known, new.cbs = copy.deepcopy(kept)
-        return new
-
-    def state_dict(self)->dict: # numbers, tensors, lists and dicts
-        "Position and random state; call it in `after_batch` of a training batch or `after_epoch`"
-        random, begun = random_state(self.dls), self.batches_done > 0
-        losses = torch.stack(self.losses) if begun and self.losses else torch.empty(0)
-        return {'epochs': self.epochs, 'epochs_done': self.epochs_done, 'steps': self.steps,
-                'batches_done': self.batches_done, 'records': [*self.records], 'losses': losses,
-                'sizes': torch.tensor(self.sizes if begun else [], dtype=torch.int64),
-                'random': random, 'random_before': self._random_before if begun else random}
-
-    def load_state_dict(self,
-        state_dict:dict, # from `state_dict()`
-    ):
-        "Make the next fit continue there; the caller restores model and optimiser"
-        self._resume = state_dict
-
-    def _go_on(self):
-        at, self._resume = self._resume, None
-        for name in 'epochs_done', 'batches_done', 'steps': setattr(self, name, at[name])
-        self.records = [*at['records']]
-        set_random_state(at['random'], self.dls)
-        if self.batches_done: self._replay = at
-
-# %% ../nbs/05_learner.ipynb #b0f4a7d3
-class _Loop:
-    "A fit has epochs, an epoch has two passes, a pass has batches, a batch has the steps"
-    def _fit(self):
-        if self.will_train and self._resume is not None: self._go_on()
-        try:
-            while self.epochs_done < self.epochs:
-                self.epoch = self.epochs_done + 1
-                self._phase('epoch', self._epoch)
-                self.epochs_done, self.batches_done = self.epoch, 0
-        except CancelFit: pass # `after_fit` follows
-
-    def _epoch(self):
-        start, self.record = time.perf_counter(), {'epoch': self.epoch}
-        for self.training in True, False:
-            self.dl, self.batch_idx = self.train_dl if self.training else self.valid_dl, 0
-            if self.training and self.will_train: self._phase('train', self._pass)
-            elif not self.training and self.dl is not None: self._phase('validate', self._validate)
-        self.record['seconds'] = time.perf_counter() - start
-        self.records.append(self.record)
-        self.epochs_done, self.batches_done = self.epoch, 0
-        if self.progress and not any(cb.shows_progress for cb in self.running_cbs):
-            print(', '.join(_entry(*item) for item in self.record.items()))
-
-    def _validate(self):
-        with self._evaluated(): self._pass()
-
-    def _pass(self):
-        "Once through the loader"
-        self.model.train(self.training)
-        self.losses, self.sizes, kind = [], [], 'train' if self.training else 'valid'
-        batches = self._batches()
-        with torch.set_grad_enabled(self.training):
-            for self.batch_idx, self.batch in batches:
-                if self.training: self.batches_done = self.batch_idx + 1
-                self._phase('batch', self._batch)
-        if not self.losses:
-            raise ValueError(f'Learner: {kind}_dl gave no batch; it is empty, or a used generator')
-        place = f'epoch {self.epoch}, {self._kind()} batch'
-        self.record[f'{kind}_loss'] = mean_loss(self.losses, self.sizes, 'Learner', place)
-
-    def _batches(self):
-        "The numbered batches; in a resumed pass those already used are drawn and skipped"
-        at, self._replay = self._replay, None
-        if at:
-            check_replayable(self.dl)
-            set_random_state(at['random_before'], self.dls)
-        if self.training: self._random_before = random_state(self.dls)
-        batches = enumerate(self.dl)
-        if at:
-            passed = sum(1 for _ in islice(batches, self.batches_done))
-            if passed < self.batches_done:
-                raise ValueError(f'Learner: the saved run used {self.batches_done} batches of the '
-                                 f'epoch, but the loader has only {passed}')
-            set_random_state(at['random'], self.dls)
-            self.losses, self.sizes = [*at['losses'].to(self._device())], at['sizes'].tolist()
-        return batches
-
-    def _batch(self):
-        self._phase('forward', self.forward)
-        if not self.losses: check_shapes(self.preds, self.targets(), 'Learner')
-        self._phase('get_loss', self.get_loss)
-        if self.training:
-            self._phase('backward', self.backward)
-            if not self.losses: check_opt(self.opt, 'Learner')
-            self._phase('update', self._update)
-        self.losses.append(self.loss.detach())
-        self.sizes.append(self.n_examples())
-
-    def _update(self):
-        self._phase('step', self.step)
-        self.steps += 1
-        self._phase('zero_grad', self.zero_grad)
-
-    def where(self)->str:
-        "The position of the fit, as text"
-        if not self.epoch: return 'before the first epoch'
-        return f'epoch {self.epoch}, {self._kind()} batch {self.batch_idx} (counted from 0)'
-
-    def _kind(self): return 'training' if self.training else 'validation'
-    def _device(self): return next((p.device for p in self.model.parameters()), None)
-
-def _entry(name, value)->str:
-    "An entry of a record: `epoch 1`, `valid loss 0.2786`, `0.9 s`"
-    if name == 'seconds': return f'{value:.1f} s'
-    name = name.replace('_', ' ')
-    return f'{name} {value:.4f}' if isinstance(value, float) else f'{name} {value}'
-
-# %% ../nbs/05_learner.ipynb #d27c9e15
-def to_device(
-    x,      # a tensor, or tuples, lists and dicts of tensors; anything else stays as it is
-    device, # a `torch.device` or its name; None: no change
-):          # the same with every tensor on the device; the containers are new
-    "Move a batch, or the inputs of a model"
-    if isinstance(x, Tensor): return x.to(device)
-    if isinstance(x, dict): return {k: to_device(v, device) for k, v in x.items()}
-    return [to_device(v, device) for v in x] if isinstance(x, (tuple, list)) else x
-
-def _is_inputs(data)->bool:
-    "True for a tensor, an array, a dict, and a tuple or list of tensors or arrays"
-    kinds = Tensor, np.ndarray
-    if isinstance(data, (tuple, list)): return all(isinstance(t, kinds) for t in data)
-    return isinstance(data, (*kinds, dict))
-
-def _parts(x, bs):
-    "The inputs of a model in parts of `bs` examples"
-    if isinstance(x, dict): return (dict(zip(x, p)) for p in _parts([*x.values()], bs))
-    if isinstance(x, (tuple, list)): return zip(*(_parts(t, bs) for t in x), strict=True)
-    return torch.as_tensor(x).split(bs)
-
-def _loader(data, bs=1024):
-    "The batches of a dataset, in order; a loader, or a list of batches, stays as it is"
-    if isinstance(data, Dataset): return DataLoader(data, bs)
-    is_dataset = hasattr(data, '__getitem__') and not isinstance(data, (tuple, list))
-    return ItemLoader(data, bs) if is_dataset else data
-
-# %% ../nbs/05_learner.ipynb #21b3f922
-class Summary(str):
-    "Text that a notebook displays without quotes; `rows` holds the entries"
-    __repr__ = str.__str__
-
-class _Looks:
-    "Pictures and tables; each leaves model, modes and random generators unchanged"
-    @contextmanager
-    def _first(self, dl):
-        "A copy of the learner, in evaluation mode, that holds the loader's first batch"
-        look = copy.copy(self)
-        with self.evaluating():
-            if not getattr(dl, 'persistent_workers', False): batch = next(iter(dl))
-            else: batch = dl.collate_fn([dl.dataset[i] for i in next(iter(dl.batch_sampler))])
-            look.batch = to_device(batch, self._device())
-            yield look
-
-    def summary(self)->Summary: # text; `rows` has name, kind, output shape and number of parameters
-        "Each layer with its output shape and parameters, for the first training batch"
-        rows = [('layer', 'kind', 'output', 'parameters')]
-        def look(name, layer, inputs, out):
-            if not isinstance(out, Tensor): out = out[0]
-            n = sum(p.numel() for p in layer.parameters(recurse=False))
-            rows.append((name, type(layer).__name__, str(tuple(out.shape)), f'{n:,}'))
-        with self._first(self.dls[0]) as first, ExitStack() as hooks:
-            for name, m in self.model.named_modules():
-                if not list(m.children()) or list(m.parameters(recurse=False)):
-                    hooks.callback(m.register_forward_hook(partial(look, name)).remove)
-            first.forward()
-        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
-        frozen = sum(n for n, trained in sizes if not trained)
-        rows.append(('total', f'{frozen:,} frozen', '', f'{sum(n for n, _ in sizes):,}'))
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        text = Summary('\n'.join('  '.join(map(str.ljust, row, widths)) for row in rows))
-        text.rows = rows[1:-1]
-        return text
-
-    def show_batch(self, n:int=20, **kwargs): # at most `n` images; `kwargs` for `show_images`
-        "Draw the first training images with their labels: a matplotlib `Figure`"
-        from miniai.data import show_images
-        with self._first(self.dls[0]) as first: xb, labels = first.xb[:n], first.yb[:n].tolist()
-        return show_images(xb, labels, **kwargs)
-
-    def show_results(self, n:int=20, **kwargs): # at most `n` images; `kwargs` for `show_images`
-        "Draw validation images with the predicted classes, mistakes in red: a matplotlib `Figure`"
-        from miniai.data import show_images
-        with self._first(self.dls[1] or self.dls[0]) as first:
-            first.forward()
-            xb, found, labels = (t[:n] for t in (first.xb, first.preds.argmax(1), first.yb))
-        pairs = list(zip(found.tolist(), labels.tolist()))
-        fig = show_images(xb, [f'{p}' if p == l else f'{p}, is {l}' for p, l in pairs], **kwargs)
-        for ax, (p, l) in zip(fig.axes, pairs): ax.title.set_color('k' if p == l else 'red')
-        return fig
-
-# %% ../nbs/05_learner.ipynb #2234d71a
-class Learner(_Steps, _Loop, _Keeps, _Looks, _Events):
-    """Trains a model. Every step of `fit` can be changed.
-
-    A subclass may override `inputs`, `targets` and `n_examples`, which read `batch`, and the steps
-    `forward`, `get_loss`, `backward`, `step` and `zero_grad`; callbacks run around each step.
-    During a fit: `batch` (`xb`, `yb`), `preds`, `loss`, `losses` and `sizes` (one per batch of the
-    pass), `training`, `dl`, `batch_idx` (from 0), `epoch` (from 1), `epochs`, `record`, `records`.
-    At any time: `model`, `opt`, `loss_func`, `dls`, `steps` (the number of optimiser steps)."""
-    def __init__(self,
-        model,        # an `nn.Module`, ours included: maps inputs to predictions
-        dls,          # training and validation loader; None for the second: no validation
-        loss_func,    # maps `(preds, targets)` to the mean loss of the batch, a 0-d tensor
-        opt_func=SGD, # `opt_func(params, lr=lr)` makes the optimiser when the first fit begins
-        lr:float|None=None, # learning rate; None: the optimiser's own default
-        cbs=(),       # callbacks for every fit
-    ):
-        self.train_dl, self.valid_dl = self.dls = tuple(dls)
-        self.model, self.loss_func, self.opt_func, self.lr = model, loss_func, opt_func, lr
-        self.cbs, self.running_cbs = list(cbs), []
-        self.opt = self.batch = self.preds = self.loss = None
-        self._known = self._given = self._resume = self._replay = None
-        self.epoch = self.epochs = self.epochs_done = self.batches_done = self.batch_idx = 0
-        self.steps, self.record, self.records, self.losses, self.sizes = 0, {}, [], [], []
-        self.progress, self.training, self.will_train, self._inside = True, False, False, False
-
-    def create_opt(self,
-        lr:float|None=None, # new learning rate of every group; None: unchanged
-    ):                      # `opt`
-        "Make the optimiser if there is none; `ValueError` for parameters that are newer than it"
-        if lr is not None: self.lr = lr
-        params = dict(self.model.named_parameters())
-        if self.opt is None:
-            options = {} if self.lr is None else {'lr': self.lr}
-            self.opt, self._known = self.opt_func(params.values(), **options), None
-        if self._known is None: self._known = set(params.values())
-        trained = {p for g in self.opt.param_groups for p in g['params']}
-        new = [k for k, p in params.items() if p.requires_grad and p not in self._known | trained]
-        if new:
-            raise ValueError(f'Learner: {", ".join(new)} did not exist when the optimiser was made '
-                             'and would not be trained; for a new optimiser set learn.opt = None')
-        for g in self.opt.param_groups if lr is not None else ():
-            g['lr'] = lr
-            g.pop('initial_lr', None) # the starting value of an earlier schedule
-        return self.opt
-
-    def fit(self,
-        epochs:int,      # passes over the training examples; 0 does nothing
-        *,
-        train:bool=True, # False: validate only
-        lr:float|None=None, # a new learning rate, from now on
-        cbs=(),          # callbacks for this fit only
-        progress:bool=True, # print one line per epoch, unless a callback shows progress
-    )->list:             # one dict per epoch: epoch, train_loss, valid_loss, more entries, seconds
-        "Train, or continue as the last fit ended; `ValueError` if there is nothing to train"
-        epochs = operator.index(epochs)
-        if epochs < 0: raise ValueError(f'Learner.fit: epochs is {epochs}, must be 0 or more')
-        if not (lr is None or lr >= 0): raise ValueError(f'Learner.fit: lr is {lr}, must be 0 or more')
-        if train and not any(p.requires_grad for p in self.model.parameters()):
-            raise ValueError('Learner.fit: no parameter of the model requires grad')
-        if train: self.create_opt(lr).zero_grad()
-        return self._run(epochs, train, self.dls, cbs, progress)
 
     def predict(self,
         data, # inputs `(n, …)`, a tuple or dict of several inputs, a dataset, or a loader
@@ -502,36 +376,160 @@ class Learner(_Steps, _Loop, _Keeps, _Looks, _Events):
         return torch.cat(found)
 
     def evaluate(self,
-        dl=None, # a loader or a dataset; None: the validation loader
+        dl=None, # a loader, a dataset or tensors `(x, y)`; None: the validation loader
         cbs=(),  # callbacks for this pass only
     )->dict:     # the mean loss over all examples, and the entries that callbacks add
         "Evaluate the model without changing it"
-        look, state = copy.copy(self), random_state(self.dls)
-        dl = self.dls[1] if dl is None else _loader(dl)
-        try: record = look._run(1, False, (None, dl), cbs, False)[0]
-        finally: set_random_state(state, self.dls)
-        return {k.removeprefix('valid_'): record[k] for k in record if k not in ('epoch', 'seconds')}
+        look, dl = copy.copy(self), self.dls[1] if dl is None else _loader(dl)
+        with self.evaluating(): record = look._run(1, False, (None, dl), cbs, False)[0]
+        del record['epoch'], record['seconds']
+        return {k.removeprefix('valid_'): v for k, v in record.items()}
 
-    def _run(self, epochs, train, dls, cbs, progress):
-        if self._calls is not None:
-            raise RuntimeError('Learner: a fit is running; a callback must not start another one')
-        kind, needed = ('training', dls[0]) if train else ('validation', dls[1])
-        if needed is None: raise ValueError(f'Learner: there is no {kind} loader; give one')
-        check_loss_func(self.loss_func)
-        self.train_dl, self.valid_dl = dls
-        self.epochs, self.will_train, self.progress, self.records = epochs, train, progress, []
-        self.epoch = self.epochs_done = self.batches_done = self.batch_idx = 0
-        modes, self._replay = [(m, m.training) for m in self.model.modules()], None
-        try:
-            self.running_cbs = _in_order([*self.cbs, *cbs])
-            self._calls = _listeners(self.running_cbs)
-            self._phase('fit', self._fit)
-        except Exception as e:
-            e.add_note(f'in {self.where()}')
-            raise
-        finally:
-            for m, mode in modes: m.training = mode
-            self._calls = self.batch = self.preds = self.loss = None # frees the graph
-            self.train_dl, self.valid_dl = self.dls
-            self.training, self.will_train, self.running_cbs = False, False, []
-        return self.records
+    def trial(self): # a learner
+        "A copy to train and throw away: model, optimiser and needed callbacks are copied, too"
+        new, needed = copy.copy(self), [cb for cb in self.cbs if cb.needed]
+        kept = self.model, self.opt, self._known, needed # together, so that they stay connected
+        new.model, new.opt, new._known, new.cbs = copy.deepcopy(kept)
+        new._resume = None # a trial starts at the first epoch
+        return new
+
+# %% ../nbs/05_learner.ipynb #2234d71a
+class Learner(_Steps, _Loop, _Around, _Uses, _Events):
+    """Trains a model. A subclass may override `inputs`, `targets` and `n_examples`, which read
+    `batch`, and the steps `forward`, `get_loss`, `backward`, `step` and `zero_grad`.
+    During a fit: `batch` (`xb`, `yb`), `preds`, `loss`, `losses` and `sizes` (one per batch of the
+    pass), `training`, `dl`, `batch_idx` (from 0), `epoch` (from 1), `epochs`, `record`, `records`.
+    At any time: `model`, `opt`, `loss_func`, `dls`, `steps` (the number of optimiser steps)."""
+    def __init__(self,
+        model,        # an `nn.Module`, ours included: maps inputs to predictions
+        dls,          # training and validation loader; None for the second: no validation
+        loss_func,    # maps `(preds, targets)` to the mean loss of the batch, a 0-d tensor
+        opt_func=SGD, # `opt_func(params, lr=lr)` makes the optimiser when the first fit begins
+        lr:float|None=None, # learning rate; None: the optimiser's own default
+        cbs=(),       # callbacks for every fit
+    ):
+        self.train_dl, self.valid_dl = self.dls = tuple(dls)
+        self.model, self.loss_func, self.opt_func, self.lr = model, loss_func, opt_func, lr
+        self.cbs, self.running_cbs = list(cbs), []
+        self.opt = self.preds = self.loss = self._known = None
+        self.epoch = self.epochs = self.epochs_done = self.batches_done = self.batch_idx = 0
+        self.steps, self.record, self.records, self.losses, self.sizes = 0, {}, [], [], []
+        self.progress, self.training, self.will_train = True, False, False
+
+    def fit(self,
+        epochs:int,      # passes over the training examples; 0 does nothing
+        *,
+        train:bool=True, # False: validate only
+        lr:float|None=None, # a new learning rate, from now on
+        cbs=(),          # callbacks for this fit only
+        progress:bool=True, # print one line per epoch, unless a callback shows progress
+    )->list:             # one dict per epoch: epoch, train_loss, valid_loss, more entries, seconds
+        "Train, or continue as the last fit ended; `ValueError` if there is nothing to train"
+        epochs = operator.index(epochs)
+        if epochs < 0: raise ValueError(f'Learner: epochs is {epochs}, needs 0 or more')
+        if lr is not None and not lr >= 0: raise ValueError(f'Learner: lr is {lr}, needs 0 or more')
+        if train and not any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError('Learner: no parameter of the model requires grad')
+        if train: self.create_opt(lr).zero_grad()
+        return self._run(epochs, train, self.dls, cbs, progress)
+
+# %% ../nbs/05_learner.ipynb #21b3f922
+class Summary(str):
+    "Text that a notebook displays without quotes; `rows` holds the entries"
+    __repr__ = str.__str__
+
+@contextmanager
+def _first(learn, dl):
+    "A copy of the learner, in evaluation mode, that holds the loader's first batch"
+    look = copy.copy(learn)
+    with learn.evaluating():
+        if not getattr(dl, 'persistent_workers', False): batch = next(iter(dl))
+        elif dl.batch_sampler is None: batch = dl.collate_fn(dl.dataset[next(iter(dl.sampler))])
+        else: batch = dl.collate_fn([dl.dataset[i] for i in next(iter(dl.batch_sampler))])
+        look.batch = to_device(batch, learn._device())
+        yield look
+
+def summary(learn)->Summary: # text; `rows` has name, kind, output shape and number of parameters
+    "Each layer with its output shape and parameters, for the first training batch"
+    rows = [('layer', 'kind', 'output', 'parameters')]
+    def note(name, layer, inputs, out):
+        if isinstance(out, (tuple, list)): out = out[0]
+        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        n = sum(p.numel() for p in layer.parameters(recurse=False))
+        rows.append((name, type(layer).__name__, str(shape), f'{n:,}'))
+    with _first(learn, learn.dls[0]) as first, ExitStack() as hooks:
+        for name, m in learn.model.named_modules():
+            if not list(m.children()) or list(m.parameters(recurse=False)):
+                hooks.callback(m.register_forward_hook(partial(note, name)).remove)
+        first.forward()
+    sizes = [(p.numel(), p.requires_grad) for p in learn.model.parameters()]
+    frozen, total = sum(n for n, learns in sizes if not learns), sum(n for n, _ in sizes)
+    rows.append(('total', f'{frozen:,} frozen', '', f'{total:,}'))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    text = Summary('\n'.join('  '.join(map(str.ljust, row, widths)) for row in rows))
+    text.rows = rows[1:-1]
+    return text
+
+def show_batch(learn, n:int=20, **kwargs): # at most `n` images; `kwargs` for `show_images`
+    "Draw the first training images with their labels: a matplotlib `Figure`"
+    from miniai.data import show_images
+    with _first(learn, learn.dls[0]) as first: xb, yb = first.xb[:n], first.yb[:n]
+    return show_images(xb, yb.tolist(), **kwargs)
+
+def show_results(learn, n:int=20, **kwargs): # at most `n` images; `kwargs` for `show_images`
+    "Draw validation images with the predicted classes, mistakes in red: a matplotlib `Figure`"
+    from miniai.data import show_images
+    with _first(learn, learn.dls[1] or learn.dls[0]) as first:
+        first.forward()
+        xb, found, labels = (t[:n] for t in (first.xb, first.preds.argmax(1), first.yb))
+    pairs = list(zip(found.tolist(), labels.tolist()))
+    fig = show_images(xb, [f'{p}' if p == l else f'{p}, is {l}' for p, l in pairs], **kwargs)
+    for ax, (p, l) in zip(fig.axes, pairs): ax.title.set_color('k' if p == l else 'red')
+    return fig
+
+Learner.summary, Learner.show_batch, Learner.show_results = summary, show_batch, show_results
+
+# %% ../nbs/05_learner.ipynb #f7a0c56b
+def state_dict(learn)->dict: # numbers, tensors, lists and dicts
+    "Position and random state; call it in `after_batch` of a training batch or `after_epoch`"
+    now, begun = random_state(learn.dls), learn.batches_done > 0
+    losses = torch.stack(learn.losses) if begun and learn.losses else torch.empty(0)
+    return {'epochs': learn.epochs, 'epochs_done': learn.epochs_done, 'steps': learn.steps,
+            'batches_done': learn.batches_done, 'records': [*learn.records], 'losses': losses,
+            'sizes': torch.tensor(learn.sizes if begun else [], dtype=torch.int64),
+            'random': now, 'random_before': learn._random_before if begun else now}
+
+def load_state_dict(learn, state_dict:dict): # from `state_dict()`
+    "Make the next fit continue there; the caller restores model and optimiser"
+    learn._resume = state_dict
+
+def _fit_on(learn):
+    "The epochs of a fit, from the loaded position on if there is one"
+    learn._replay, at = None, learn._resume
+    if learn.will_train and at is not None:
+        learn._resume = None
+        for name in 'epochs_done', 'batches_done', 'steps': setattr(learn, name, at[name])
+        learn.records = [*at['records']]
+        set_random_state(at['random'], learn.dls)
+        if learn.batches_done: learn._replay = at
+    _Loop._fit(learn)
+
+def _batches_on(learn):
+    "The numbered batches; in a resumed pass those already used are drawn and skipped"
+    at, learn._replay = learn._replay, None
+    if at:
+        check_replayable(learn.dl)
+        set_random_state(at['random_before'], learn.dls)
+    if learn.training: learn._random_before = random_state(learn.dls)
+    batches = _Loop._batches(learn)
+    if at:
+        passed = sum(1 for _ in islice(batches, learn.batches_done))
+        if passed < learn.batches_done:
+            raise ValueError(f'Learner: the saved run used {learn.batches_done} batches of the '
+                             f'epoch, but the loader has only {passed}')
+        set_random_state(at['random'], learn.dls)
+        learn.losses, learn.sizes = [*at['losses'].to(learn._device())], at['sizes'].tolist()
+    return batches
+
+Learner.state_dict, Learner.load_state_dict, Learner._resume = state_dict, load_state_dict, None
+Learner._fit, Learner._batches = _fit_on, _batches_on

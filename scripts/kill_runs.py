@@ -10,9 +10,8 @@ changes from step to step, gradients accumulated over two batches, a checkpoint 
 which gets SIGKILL at a random moment. Then a new process, with other seeds, resumes the run (or starts again with the first seed, if
 there is no checkpoint yet). Its weights must be equal to the last bit.
 
-So that many kills hit the middle of a save, the process that will be killed has a slow disk: what `miniai.checkpoints` opens for
-writing takes its bytes in small portions. It logs each portion and each batch. From the log the parent reads what the process was
-doing when it was killed.
+So that many kills hit the middle of a save, the process that will be killed has a slow disk: the tensors of a checkpoint are written
+in small portions. It logs each portion and each batch. From the log the parent reads what the process was doing when it was killed.
 
 It prints one line per moment: what the killed process was doing, where the new one resumed, and whether the weights are identical.
 Exit status: 0 if all are, and at least a quarter of the kills of each engine fell between the first and the last byte of a save; 1
@@ -30,11 +29,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import save, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
-import miniai.checkpoints as checkpoints  # noqa: E402
 from miniai.checkpoints import CheckpointCB, list_checkpoints, read_checkpoint  # noqa: E402
 from miniai.data import mnist  # noqa: E402
 from miniai.learner import Callback, CancelStep, Learner  # noqa: E402
@@ -81,26 +80,23 @@ class Schedule(Callback):
 class Log(Callback):
     "Logs each batch"
     def __init__(self, note): self.note = note
-    def before_batch(self, learn): self.note(f'{learn._kind()} batch {learn.batch_idx} of epoch {learn.epoch}')
+    def before_batch(self, learn): self.note(learn.where())
 
 
-class SlowFile:
-    "A file that takes its bytes in small portions and logs each"
-    def __init__(self, path, mode, note):
-        self.path, self.file, self.note = Path(path), open(path, mode), note
-        self.saving = self.path.parent.name.startswith('.checkpoint-')
-    def __enter__(self): return self
-    def __exit__(self, *error): self.file.close()
-    def flush(self): self.file.flush()
-    def fileno(self): return self.file.fileno()
-    def write(self, data):
-        if not self.saving: return self.file.write(data)
-        before = sum(f.stat().st_size for f in self.path.parent.iterdir())
-        for i in range(0, len(data), PORTION):
-            self.file.write(data[i:i + PORTION])
-            self.file.flush()
-            self.note(f'save {before + min(i + PORTION, len(data))} {self.path.name} {len(data)}')
-            time.sleep(.0004)
+def slow_disk(note):
+    "From now on safetensors writes files in small portions and logs each; the rename of a checkpoint is logged, too"
+    real_replace = os.replace
+    def save_file(tensors, path):
+        data, before = save(tensors), sum(f.stat().st_size for f in Path(path).parent.iterdir())
+        with open(path, 'wb', buffering=0) as f:
+            for i in range(0, len(data), PORTION):
+                f.write(data[i:i + PORTION])
+                note(f'save {before + min(i + PORTION, len(data))} {Path(path).name}')
+                time.sleep(.0004)
+    def replace(a, b):
+        if Path(b).name.startswith('checkpoint-'): note('written')
+        real_replace(a, b)
+    safetensors.torch.save_file, os.replace = save_file, replace
 
 
 def train(folder, engine, seed, slow):
@@ -109,13 +105,7 @@ def train(folder, engine, seed, slow):
     torch.manual_seed(seed)
     random.seed(seed)
     def note(line): os.write(log, f'{line}\n'.encode()) # one call: a kill leaves no half lines
-    if slow:
-        real_rename = os.rename
-        def rename(a, b):
-            if Path(b).name.startswith('checkpoint-'): note('written')
-            real_rename(a, b)
-        checkpoints.os.rename = rename
-        checkpoints.open = lambda path, mode: SlowFile(path, mode, note) if mode == 'wb' else open(path, mode)
+    if slow: slow_disk(note)
     digits = mnist(sample=True)
     dls = get_dls(Dataset(digits.train.x[:800], digits.train.y[:800]), Dataset(*digits.valid), 50, torch.Generator().manual_seed(seed))
     if engine == 'ours': net, loss = Sequential(Linear(784, 12), ReLU(), Dropout(), Linear(12, 10)), CrossEntropyLoss()
@@ -134,11 +124,10 @@ def phase(folder):
     "From the last line of the log: what the process was doing, and whether that was between the first and the last byte of a save"
     line = (folder/'log').read_text().splitlines()[-1]
     if not line.startswith('save '): return line if line != 'written' else 'after the last byte, before or after the rename', False
-    _, done, name, size = line.split()
+    _, done, name = line.split()
     part = next((folder/'run').glob('.checkpoint-*.part'), None) # what is left of it
     done = sum(f.stat().st_size for f in part.iterdir()) if part else int(done)
-    complete = name == 'manifest.json' and (not part or (part/name).stat().st_size == int(size))
-    return f'in a save, {done:,} bytes written, in {name}', not complete
+    return f'in a save, {done:,} bytes written, in or after {name}', True
 
 
 def one_moment(context, engine, folder, seconds, seed, end):
@@ -154,7 +143,7 @@ def one_moment(context, engine, folder, seconds, seed, end):
     if child.exitcode != -9: sys.exit(f'kill_runs: the process ended with status {child.exitcode} before it was killed')
     doing, in_save = phase(folder)
     kept = list_checkpoints(folder/'run')
-    at = read_checkpoint(kept[-1])[2] if kept else None
+    at = read_checkpoint(kept[-1]).manifest if kept else None
     where = f'epoch {at["epochs_done"] + 1}, {at["batches_done"]} batches' if at else 'the start'
     child = context.Process(target=train, args=(folder, engine, seed if kept else 1, False))
     child.start()

@@ -1,23 +1,30 @@
-"""The commands `miniai_train` and `miniai_predict`, run as a user runs them: in separate processes."""
+"""The commands `miniai_train` and `miniai_predict`, as a user runs them (in a process of their own) and as functions."""
+import io
 import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import miniai.cli as cli
 from miniai import __version__
 from miniai.data import mnist
+from miniai.learner import Callback
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {k: v for k, v in os.environ.items() if k not in ('MINIAI_SAMPLE', 'MINIAI_DATA')} | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
@@ -31,6 +38,22 @@ def command(name, *args):
 
 def run(name, *args, cwd, env=(), **kw):
     return subprocess.run(command(name, *args), cwd=cwd, env=ENV | dict(env), capture_output=True, text=True, timeout=120, **kw)
+
+
+def call(*args, command='miniai_train', draw=False):
+    "Call a command as a function, without its picture; exit status, stdout and stderr"
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setenv('CI', '1')
+        if not draw: patch.setattr(cli, 'draw_run', lambda *args: Figure())
+        try: status = getattr(cli, command)([*map(str, args)])
+        except SystemExit as e: status = e.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def rows(text):
+    "The epochs in the table that a run prints"
+    return [int(n) for n in re.findall(r'^ +(\d+) +\d+\.\d+ ', text, re.M)]
 
 
 def train(*args, **kw): return run('miniai_train', *args, **kw)
@@ -76,7 +99,7 @@ def test_same_arguments_same_bytes_and_two_engines(tmp_path):
     twin = train(*QUICK, '--engine', 'torch', '--out', 'twin', cwd=tmp_path)
     other = train(*QUICK, '--seed', '1', '--out', 'other', cwd=tmp_path)
     for done in first, second, twin, other:
-        assert done.returncode == 0 and done.stderr == '' and len(re.findall('^epoch ', done.stdout, re.M)) == 2
+        assert done.returncode == 0 and done.stderr == '' and rows(done.stdout) == [1, 2]
         assert re.search(r'^test accuracy 0\.\d{4} .*sample$', done.stdout, re.M)
     a, b, t, o = (tmp_path/f/'weights.safetensors' for f in ('runs/mnist-1', 'runs/mnist-2', 'twin', 'other'))
     assert a.read_bytes() == b.read_bytes() != o.read_bytes()
@@ -87,22 +110,21 @@ def test_same_arguments_same_bytes_and_two_engines(tmp_path):
 
 
 @pytest.mark.parametrize('args, message', [
-    ('--epochs 0', "--epochs: '0'"), ('--epochs two', "--epochs: 'two'"), ('--epochs 1.5', "'1.5' is not an integer"),
-    ('--bs 0', '--bs'), ('--bs -3', '--bs'),
-    ('--lr 0', '--lr'), ('--lr=-0.1', '--lr'), ('--lr nan', '--lr'), ('--lr inf', '--lr'), ('--hidden 0', '--hidden'),
-    ('--hidden 99999999', '--hidden'), ('--seed -1', '--seed'), ('--seed 99999999999999999999', '--seed'), ('--threads 0', '--threads'),
+    ('--epochs 0', '--epochs is 0, must be from 1 to 10,000'), ('--epochs 10001', '--epochs is 10001'), ('--epochs two', "'two'"),
+    ('--epochs 1.5', "--epochs.*'1.5'"), ('--bs 0', '--bs'), ('--bs -3', '--bs'), ('--bs 1000001', '--bs'),
+    ('--lr 0', '--lr'), ('--lr=-0.1', '--lr'), ('--lr nan', '--lr is nan'), ('--lr inf', '--lr'), ('--lr 2e6', '--lr'),
+    ('--hidden 0', '--hidden'), ('--hidden 10001', '--hidden'), ('--seed -1', '--seed'), ('--seed 9223372036854775808', '--seed'),
+    ('--threads 0', '--threads'), ('--threads 1025', '--threads'),
     ('--data cifar', "'cifar'"), ('--engine jax', "'jax'"), ('--epoch 3', '--epoch'), ('digits', 'digits'), ('--out', '--out'),
     ('--data fashion_mnist --sample', 'only a sample of mnist'),
     ('--resume --overwrite', 'use one of them'), ('--out old', 'not empty'), ('--out old/file', 'is a file'),
     ('--out old/file --overwrite', 'is a file')])
-def test_wrong_arguments(tmp_path, args, message):
+def test_wrong_arguments(tmp_path, monkeypatch, args, message):
     (tmp_path/'old').mkdir()
     (tmp_path/'old/file').write_text('mine')
-    start = time.monotonic()
-    done = train(*args.split(), cwd=tmp_path)
-    one_line(done, 2)
-    assert re.search(message, done.stderr) and done.stdout == ''
-    assert time.monotonic() - start < 20
+    monkeypatch.chdir(tmp_path)
+    status, out, err = call(*args.split())
+    assert (status, err.count('\n'), out) == (2, 1, '') and re.search(message, err), err
     assert [str(f.relative_to(tmp_path)) for f in sorted(tmp_path.rglob('*'))] == ['old', 'old/file']
     assert (tmp_path/'old/file').read_text() == 'mine'
 
@@ -115,10 +137,23 @@ def test_help_and_version(tmp_path):
         assert done.returncode == 0 and done.stdout.startswith(f'usage: {name}')
     help = ' '.join(train('-h', cwd=tmp_path).stdout.split())
     for option in 'data sample epochs bs lr hidden engine seed threads out overwrite resume version'.split(): assert f'--{option}' in help
-    assert help.count('(default: ') == 9
-    done = subprocess.run([sys.executable, '-c', 'import sys, miniai.cli; print("torch" in sys.modules, "matplotlib" in sys.modules)'],
+    assert help.count('(default: ') == 10
+    code = 'import sys, miniai.cli; print([m for m in ("torch", "numpy", "matplotlib") if m in sys.modules])'
+    done = subprocess.run([sys.executable, '-c', code],
                           env=ENV, capture_output=True, text=True)
-    assert done.stdout == 'False False\n'
+    assert done.stdout == '[]\n'
+
+
+def test_arguments_in_their_ranges():
+    line = ('--data fashion_mnist --epochs 3 --bs 7 --lr .25 --hidden 9 --engine torch --seed 0 --threads 2 --out here --overwrite')
+    assert cli._parse_train(line.split()) == dict(data='fashion_mnist', epochs=3, bs=7, lr=.25, hidden=9, engine='torch', seed=0,
+                                                  threads=2, out='here', overwrite=True)
+    for line in ('--epochs 1|--epochs 10000|--bs 1|--bs 1000000|--hidden 1|--hidden 10000|--threads 1|--threads 1024|'
+                 '--seed 9223372036854775807|--lr 1e-9|--lr 1e6').split('|'):
+        (name, value), = cli._parse_train(line.split()).items()
+        assert value == (float if name == 'lr' else int)(line.split()[1])
+    assert cli._parse_train([]) == {} and cli._parse_train(['--sample', '--resume']) == {'sample': True, 'resume': True}
+    assert cli._RECIPE == dict(epochs=10, bs=128, lr=.5, hidden=200, engine='ours', seed=42)
 
 
 def test_overwrite_replaces_only_its_own_files(tmp_path):
@@ -188,28 +223,36 @@ def wait_for(path, process):
         time.sleep(.01)
 
 
-@pytest.mark.parametrize('ignored', [False, True])
-def test_ctrl_c(tmp_path, ignored):
+@pytest.mark.parametrize('number, status, word, ignored', [(signal.SIGINT, 130, 'interrupted', False),
+                                                           (signal.SIGINT, 130, 'interrupted', True),
+                                                           (signal.SIGTERM, 143, 'terminated', False)])
+def test_stopped_by_a_signal(tmp_path, number, status, word, ignored):
     "Also when the caller had set the signal to be ignored, as a shell does for background jobs"
-    process = start(tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL))
+    process = start(tmp_path, preexec_fn=lambda: signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL))
     run = tmp_path/'runs/mnist-1'
     wait_for(run/'metrics.json', process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     done = len(json.loads((run/'metrics.json').read_text())['epochs'])
     resume = 'miniai_train --resume --out runs/mnist-1'
-    assert process.returncode == 130 and err == f'miniai_train: interrupted: epoch {done} is saved in runs/mnist-1; to continue: {resume}\n'
+    assert err == f'miniai_train: {word}: epoch {done} is saved in runs/mnist-1; to continue: {resume}\n' and process.returncode == status
     assert sorted(f.name for f in run.iterdir()) == ['checkpoints', 'metrics.json', 'weights.safetensors']
     assert predict(run/'weights.safetensors', 'none.png', cwd=tmp_path).stderr.endswith('no such file\n')
 
 
-@pytest.mark.parametrize('delay', [.3, .8, 1.5])
-def test_ctrl_c_early(tmp_path, delay):
-    process = start(tmp_path)
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('delay', [.1, .8, 1.5])
+def test_stopped_early(tmp_path, delay, number):
+    "From the moment at which the command itself runs, also while PyTorch is being imported"
+    code = 'import sys, miniai.cli; print("here", flush=True); sys.exit(miniai.cli.miniai_train())'
+    process = subprocess.Popen([sys.executable, '-c', code, '--sample', '--epochs', '9999'], cwd=tmp_path, env=ENV, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == 'here\n'
     time.sleep(delay)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err.count('\n') == 1 and 'interrupted' in err, err
+    word, status = {signal.SIGINT: ('interrupted', 130), signal.SIGTERM: ('terminated', 143)}[number]
+    assert process.returncode == status and err.count('\n') == 1 and word in err, err
     assert list(tmp_path.rglob('*')) in ([], [tmp_path/'runs']) or 'to continue: miniai_train --resume' in err
 
 
@@ -239,21 +282,21 @@ def test_killed_and_resumed(tmp_path, engine):
     unbroken = train(*args, '--out', 'unbroken', cwd=tmp_path)
     assert unbroken.returncode == 0
     run = tmp_path/'runs/mnist-1'
-    lives = (args, signal.SIGKILL), (('--resume',), signal.SIGINT), (('--resume', '--seed', 42), signal.SIGKILL)
+    lives = (args, signal.SIGKILL), (('--resume',), signal.SIGINT), (('--resume', '--seed', 42), signal.SIGTERM)
     for k, (first, sig) in enumerate(lives):
         process = subprocess.Popen(command('miniai_train', *first), cwd=tmp_path, env=ENV, text=True, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE)
         for line in process.stdout:
-            if line.startswith('epoch'): break
+            if rows(line): break
         time.sleep(.01*k)
         process.send_signal(sig)
         out, err = process.communicate(timeout=60)
-        assert process.returncode == (130 if sig == signal.SIGINT else -sig), err
+        assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(sig, -sig), err
         if first != args: assert 'resuming' not in err
     assert (run/'checkpoints').exists()
     one_line(train('--resume', '--lr', .3, cwd=tmp_path), 2, '--lr is 0.3', 'was started with 0.5')
     done = train('--resume', cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.startswith('resuming the run in runs/mnist-1; epochs done: '), done.stderr
+    assert done.returncode == 0 and '\nresuming the run in runs/mnist-1\n' in done.stdout and rows(done.stdout)[-1] == 30, done.stderr
     for name in 'weights.safetensors', 'report.png': assert (run/name).read_bytes() == (tmp_path/'unbroken'/name).read_bytes()
     assert without_seconds(run) == without_seconds(tmp_path/'unbroken')
     assert sorted(f.name for f in run.iterdir()) == ['metrics.json', 'report.png', 'weights.safetensors']
@@ -261,20 +304,231 @@ def test_killed_and_resumed(tmp_path, engine):
     assert done.returncode == 0 and 'is finished: test accuracy 0.' in done.stdout
 
 
-def test_nothing_to_resume(tmp_path):
-    one_line(train('--resume', cwd=tmp_path), 1, 'no unfinished run in runs/')
-    one_line(train('--resume', '--out', 'none', cwd=tmp_path), 1, 'none contains no run')
-    assert list(tmp_path.iterdir()) == []
+def test_nothing_to_resume(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call('--resume')
+    assert status == 1 and 'no unfinished run in runs/' in err and list(tmp_path.iterdir()) == []
+    (tmp_path/'other').mkdir()
+    (tmp_path/'other/notes.txt').touch()
+    status, _, err = call('--resume', '--out', 'other')
+    assert status == 1 and 'other contains no run to resume' in err
+    for text in '[]', '{', '7', '{"epochs": []}':
+        (tmp_path/'other/metrics.json').write_text(text)
+        assert call('--resume', '--out', 'other')[0] == 1
+
+
+TINY = '--sample', '--epochs', 3, '--hidden', 5, '--bs', 500, '--lr', .1, '--seed', 1
+
+
+@pytest.mark.parametrize('before', ['absent', 'empty', 'litter'])
+def test_one_line_for_a_restart_loop(tmp_path, monkeypatch, before):
+    "`--resume --out DIR` starts a run where there is none, continues it, and says when it is finished"
+    monkeypatch.chdir(tmp_path)
+    if before != 'absent': Path('run').mkdir()
+    if before == 'litter': Path('run/.lock').touch()  # of a process that was killed at once
+    class Stop(Callback):
+        order = 4000
+        def after_epoch(self, learn):
+            if learn.epoch == 2: raise SystemExit(143)
+    def stopped(*args, cbs=(), **kw): return train_net(*args, cbs=[*cbs, Stop()], **kw)
+    train_net = cli.train_net
+    line = *TINY, '--resume', '--out', 'run'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, 'train_net', stopped)
+        status, out, err = call(*line)
+    assert status == 143 and err == 'miniai_train: terminated: epoch 2 is saved in run; to continue: miniai_train --resume --out run\n'
+    assert 'resuming' not in out and rows(out)[:1] == [1]
+    status, out, err = call(*line)
+    assert (status, err, rows(out)[-1]) == (0, '', 3) and 'resuming the run in run\n' in out
+    assert call(*line) == (0, f'the run in run is finished: test accuracy {metrics_of("run")["test_accuracy"]:.4f}\n', '')
+    assert sorted(f.name for f in Path('run').iterdir()) == ['metrics.json', 'report.png', 'weights.safetensors']
+    assert call(*TINY, '--out', 'unbroken')[0] == 0
+    assert Path('run/weights.safetensors').read_bytes() == Path('unbroken/weights.safetensors').read_bytes()
+    for typed in ('--lr', .2), ('--epochs', 4), ('--hidden', 6), ('--bs', 501), ('--seed', 2), ('--engine', 'torch'), ('--threads', 2), \
+            ('--data', 'fashion_mnist'):
+        status, out, err = call('--resume', '--out', 'run', *typed)
+        assert status == 2 and f'{typed[0]} is {typed[1]}, but the run in run was started with' in err and out == ''
+    metrics = metrics_of('run') | {'used': 'whole'}
+    Path('run/metrics.json').write_text(json.dumps(metrics))
+    assert call('--resume', '--out', 'run', '--sample')[0] == 2
+
+
+def metrics_of(folder): return json.loads((Path(folder)/'metrics.json').read_text())
+
+
+def stopped_run(folder, epochs, **changes):
+    "The folder of a run of 3 epochs that was stopped after some, or before the first"
+    from miniai.checkpoints import CheckpointCB
+    recipe = dict(epochs=3, bs=500, lr=.1, hidden=5, engine='ours', seed=1)
+    class Stop(Callback):
+        order = 4000
+        def before_batch(self, learn):
+            if learn.epochs_done == epochs: raise KeyboardInterrupt
+    saves = Path(folder)/'checkpoints'
+    shutil.rmtree(folder, ignore_errors=True)
+    saves.mkdir(parents=True)
+    (saves/'arguments.json').write_text(json.dumps(recipe | dict(data='mnist', sample=True, threads=1) | changes))
+    try: cli.train_net(mnist(sample=True), **recipe, progress=False, cbs=[CheckpointCB(saves), Stop()])
+    except KeyboardInterrupt: pass
+    return saves
+
+
+@pytest.mark.parametrize('epochs', [0, 1, 2, 3])
+def test_resumed_after_any_epoch(tmp_path, monkeypatch, epochs):
+    monkeypatch.chdir(tmp_path)
+    unbroken, _ = cli.train_net(mnist(sample=True), epochs=3, bs=500, lr=.1, hidden=5, seed=1, progress=False)
+    stopped_run('run', epochs)
+    Path('run/.metrics.json.99.part').touch()  # left by a process that was killed while writing
+    status, out, err = call('--resume', '--out', 'run')
+    assert (status, err, rows(out)) == (0, '', [*range(epochs + 1, 4)])
+    assert sorted(f.name for f in Path('run').iterdir()) == ['metrics.json', 'report.png', 'weights.safetensors']
+    net, about = cli.load_net('run/weights.safetensors')
+    torch.testing.assert_close(net.state_dict(), unbroken.state_dict(), rtol=0, atol=0)
+    assert about['epoch'] == 3 and [e['epoch'] for e in metrics_of('run')['epochs']] == [1, 2, 3]
+
+
+def test_resumed_from_the_older_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saves = stopped_run('run', 2)
+    (saves/'checkpoint-000002/state.safetensors').write_bytes(b'')
+    status, out, err = call('--resume', '--out', 'run')
+    assert (status, rows(out)) == (0, [2, 3]) and err.count('miniai_train: ') == 1 and 'checkpoint-000002' in err
+    saves = stopped_run('run', 1)
+    (saves/'checkpoint-000001/manifest.json').unlink()
+    status, out, err = call('--resume', '--out', 'run')
+    assert status == 1 and 'damaged' in err and (saves/'arguments.json').exists()
+
+
+def test_unfinished_runs(tmp_path, monkeypatch):
+    "The one started last is the default; a contradiction is named; only the sample is there; the run diverges"
+    monkeypatch.chdir(tmp_path)
+    for k, name in enumerate(('runs/b', 'runs/a', 'elsewhere')):
+        saves = stopped_run(name, 0)
+        os.utime(saves/'arguments.json', ns=(0, k))
+    assert cli._last_run() == Path('runs/a')
+    status, out, err = call('--resume', '--lr', .3)
+    assert status == 2 and '--lr is 0.3, but the run in runs/a was started with 0.1' in err
+    assert call('--resume', '--lr', .1, '--sample')[0] == 0 and not Path('runs/a/checkpoints').exists()
+    stopped_run('full', 1, sample=False)
+    monkeypatch.setenv('MINIAI_DATA', str(tmp_path/'none'))
+    assert call('--resume', '--out', 'full')[0] == 1 and Path('full/checkpoints/arguments.json').exists()
+    saves = stopped_run('run', 1)
+    def diverges(*args, **kw): raise FloatingPointError('the loss became nan')
+    monkeypatch.setattr(cli, 'train_net', diverges)
+    status, out, err = call('--resume', '--out', 'run')
+    assert status == 1 and 'the loss became nan' in err and 'to continue' not in err and not saves.exists()
+
+
+def test_new_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = [str(cli._run_folder(out, 'x')) for out in (None, None, 'new/deep', 'new/deep')]
+    assert found == ['runs/x-1', 'runs/x-2', 'new/deep', 'new/deep'] and all(Path(f).is_dir() for f in found)
+    for out in 'yours', 'its':
+        if out == 'yours': Path(out).mkdir()  # an existing empty folder stays, one that the command made is removed
+        assert call('--sample', '--lr', 1e6, '--out', out)[0] == 1 and Path(out).exists() == (out == 'yours')
 
 
 def test_two_at_once(tmp_path):
     first = start(tmp_path, '--out', 'run')
     wait_for(tmp_path/'run/checkpoints/checkpoint-000001', first)
-    one_line(train('--resume', '--out', 'run', cwd=tmp_path), 1, 'in use by another run', f'process {first.pid}')
-    one_line(train(*QUICK, '--out', 'run', '--overwrite', cwd=tmp_path), 1, 'in use by another run')
+    for line in ('--resume',), (*QUICK, '--overwrite'), ('--sample',):
+        one_line(train(*line, '--out', 'run', cwd=tmp_path), 1, 'in use by another run')
     first.send_signal(signal.SIGINT)
     first.communicate(timeout=60)
     assert first.returncode == 130
+
+
+@pytest.mark.parametrize('moment, second', [('_train_into', '--overwrite'), ('save_run', '--overwrite'), ('draw_run', '--overwrite'),
+                                            ('draw_run', '--resume')])
+def test_a_second_run_is_locked_out_until_the_first_has_ended(tmp_path, monkeypatch, moment, second):
+    "At every stage: while it reads the data, trains, evaluates, draws and saves"
+    monkeypatch.chdir(tmp_path)
+    said, first = [], getattr(cli, moment)
+    def interfere(*args, **kw):
+        if not said: said.append(run('miniai_train', '--sample', '--epochs', 1, '--out', 'run', second, cwd=tmp_path))
+        return first(*args, **kw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, moment, interfere)
+        status, out, err = call(*TINY, '--out', 'run', draw=True)
+    assert (status, err, said[0].returncode) == (0, '', 1) and 'in use by another run' in said[0].stderr
+    assert metrics_of('run')['arguments']['seed'] == 1
+    assert sorted(f.name for f in Path('run').iterdir()) == ['metrics.json', 'report.png', 'weights.safetensors']
+
+
+def test_full_disk_at_bad_moments(tmp_path, monkeypatch):
+    import miniai.checkpoints as checkpoints
+    monkeypatch.chdir(tmp_path)
+    sync = checkpoints._sync
+    ends = set()
+    for files in range(0, 30, 3):
+        left = files
+        def full(path):
+            nonlocal left
+            left -= 1
+            if left < 0: raise OSError(28, 'No space left on device')
+            sync(path)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoints, '_sync', full)
+            status, out, err = call(*TINY, '--out', 'a folder', '--overwrite')
+        if status == 0: break
+        assert status == 1 and err.count('\n') == 1 and 'No space left on device' in err
+        resumable = "to continue: miniai_train --resume --out 'a folder'" in err
+        ends.add((resumable, 'is saved in a folder' in err, 'nothing was saved' in err))
+        if resumable:
+            status, out, err = call('--resume', '--out', 'a folder')
+            assert status == 0 and len(metrics_of('a folder')['epochs']) == 3
+        shutil.rmtree('a folder', ignore_errors=True)
+    assert (False, False, True) in ends and (True, True, False) in ends
+
+
+def test_signal_handlers_are_put_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    threads = torch.get_num_threads()
+    assert call(*TINY, '--threads', 2, '--out', 'run')[0] == 0
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before and torch.get_num_threads() == threads
+    found = []
+    thread = threading.Thread(target=lambda: found.append(cli._command('me', lambda: 3)))  # where signals cannot be handled
+    thread.start()
+    thread.join()
+    assert found == [3]
+
+
+def test_expected_errors_become_lines(capsys):
+    def fails(e):
+        def work(): raise e
+        return work
+    for e, status, line in ((cli._Stop('too bad'), 1, 'too bad'), (cli._Stop('wrong', 2), 2, 'wrong'),
+                            (KeyboardInterrupt(), 130, 'interrupted'), (SystemExit(143), 143, 'terminated'),
+                            (OSError(28, 'full', 'w'), 1, "[Errno 28] full: 'w'")):
+        assert cli._command('me', fails(e)) == status and capsys.readouterr().err == f'me: {line}\n'
+    assert cli._command('me', lambda: None) == 0
+    with pytest.raises(RuntimeError, match='ours'): cli._command('me', fails(RuntimeError('ours')))
+
+
+def test_warnings_are_errors(tmp_path):
+    "What NumPy and matplotlib will not do in the next version is not done, neither in the report nor in predictions"
+    Image.fromarray(bytes_of(mnist(sample=True).test.x[0])).save(tmp_path/'d.png')
+    code = 'import sys; from miniai.cli import {0}; sys.exit({0}())'
+    for line in 'miniai_train --sample --epochs 1 --out run', 'miniai_predict run/weights.safetensors d.png':
+        name, *args = line.split()
+        done = subprocess.run([sys.executable, '-W', 'error', '-c', code.format(name), *args], cwd=tmp_path, env=ENV,
+                              capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, '')
+
+
+def test_no_home(tmp_path, monkeypatch):
+    "A user of a container without HOME and without an entry in passwd: the sample is used, with a warning"
+    import platformdirs
+
+    import miniai.data
+    def homeless(*args, **kw): raise RuntimeError('Could not determine home directory.')
+    monkeypatch.setattr(platformdirs, 'user_cache_path', homeless)
+    monkeypatch.setattr(miniai.data, '_told', set())
+    for name in 'MINIAI_DATA', 'MINIAI_SAMPLE': monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    status, out, err = call('--epochs', 1, '--out', 'run')
+    assert status == 0 and 'of the sample' in out and err.startswith('miniai_train: Using the sample of 5,000 digits')
 
 
 def test_output_cut_off(tmp_path):
@@ -283,11 +537,12 @@ def test_output_cut_off(tmp_path):
     assert 'Traceback' not in done.stderr and 'Exception' not in done.stderr, done.stderr
 
 
-def test_threads_are_printed(tmp_path):
-    quick = '--sample', '--epochs', '1', '--hidden', '5', '--bs', '1000'
-    assert 'threads 1 (chosen for 5 hidden units' in train(*quick, cwd=tmp_path).stdout
-    done = train(*quick, '--threads', '2', cwd=tmp_path)
-    assert 'threads 2\n' in done.stdout and json.loads((tmp_path/'runs/mnist-2/metrics.json').read_text())['arguments']['threads'] == 2
+def test_threads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick, many = ('--sample', '--epochs', '1', '--bs', '1000', '--overwrite', '--out', 'run'), min(4, torch.get_num_threads())
+    for args, n in (('--hidden', 5), 1), (('--hidden', 999), 1), (('--hidden', 1000), many), (('--hidden', 5, '--threads', 2), 2):
+        status, out, err = call(*quick, *args)
+        assert status == 0 and f'threads {n}\n' in out and metrics_of('run')['arguments']['threads'] == n
 
 
 def as_photo(x, rng, scale=10, noise=8):
@@ -302,20 +557,196 @@ def as_photo(x, rng, scale=10, noise=8):
     return Image.fromarray((paper*(1 - .75*ink) + rng.normal(0, noise, ink.shape)).clip(0, 255).astype(np.uint8))
 
 
-@pytest.mark.parametrize('kind', ['as_is', 'inverted', 'large', 'photo.png', 'photo.jpg', 'noisy'])
-def test_predicts_digits(tmp_path, net, kind):
+def on_page(x, size, page=(2000, 1500), dark=True, noise=0, seed=0):
+    "A small digit somewhere on a large page"
+    rng = np.random.default_rng(seed)
+    ink = np.zeros(page[::-1])
+    top, left = (rng.integers(0, n - size) for n in page[::-1])
+    ink[top:top + size, left:left + size] = np.asarray(Image.fromarray(bytes_of(x)).resize((size, size), Image.Resampling.BICUBIC))/255
+    grey = 250*(1 - ink) if dark else 10 + 240*ink
+    return Image.fromarray((grey + rng.normal(0, noise, grey.shape)).clip(0, 255).astype(np.uint8))
+
+
+def on_grey(x, ground, ink=255, side=28):
+    "A digit of 28x28 pixels, or enlarged, on grey"
+    grey = ground + (ink - ground)*(bytes_of(x)/255)
+    return Image.fromarray(grey.round().astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+
+
+KINDS = {'as_is': lambda x, rng: Image.fromarray(bytes_of(x)), 'inverted': lambda x, rng: on_grey(x, 255, 0),
+         'large': lambda x, rng: on_grey(x, 255, 0, 280).convert('RGB'), 'photo.png': as_photo, 'photo.jpg': as_photo,
+         'noisy': lambda x, rng: as_photo(x, rng, noise=25),
+         'grey 20': lambda x, rng: on_grey(x, 20), 'grey 60': lambda x, rng: on_grey(x, 60), 'grey 180': lambda x, rng: on_grey(x, 180),
+         'dark on grey 60': lambda x, rng: on_grey(x, 60, 0), 'dark on grey 120': lambda x, rng: on_grey(x, 120, 0),
+         'grey, enlarged': lambda x, rng: on_grey(x, 60, 255, 280),
+         'page 140': lambda x, rng: on_page(x, 140), 'page 60': lambda x, rng: on_page(x, 60, seed=1),
+         'page 140, noise': lambda x, rng: on_page(x, 140, noise=10, seed=2),
+         'page 140, bright on dark': lambda x, rng: on_page(x, 140, dark=False), 'long page': lambda x, rng: on_page(x, 100, (3000, 300))}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_reads_digits(net, tmp_path, kind):
+    "Nearly as well as the data set's own images"
     x, y = mnist(sample=True).test
-    rng = np.random.default_rng(0)
-    make = {'as_is': lambda r: Image.fromarray(bytes_of(r)), 'inverted': lambda r: Image.fromarray(255 - bytes_of(r)),
-            'large': lambda r: Image.fromarray(255 - bytes_of(r)).resize((280, 280)).convert('RGB'),
-            'noisy': lambda r: as_photo(r, rng, noise=25)}.get(kind, lambda r: as_photo(r, rng))
-    names = [f'{k}.{"jpg" if "jpg" in kind else "png"}' for k in range(40)]
-    for image, name in zip(x, names): make(image).save(tmp_path/name)
+    rng, model = np.random.default_rng(0), cli.load_net(net/'weights.safetensors')[0]
+    name = tmp_path/f'd.{"jpg" if "jpg" in kind else "png"}'
+    found = []
+    for k in range(40):
+        KINDS[kind](x[k], rng).save(name)
+        found.append(cli.probabilities(model, cli.prepare_image(cli.read_image(name))[None]).argmax().item())
+    assert (np.array(found) == y[:40].numpy()).mean() >= .9
+
+
+def test_predicts_in_a_process(tmp_path, net):
+    x, y = mnist(sample=True).test
+    names = [f'{k}.png' for k in range(10)]
+    for image, name in zip(x, names): Image.fromarray(bytes_of(image)).save(tmp_path/name)
     done = predict(net/'weights.safetensors', *names, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
     lines = [re.fullmatch(r'(\d+\.\w+): (\d) \(([01]\.\d\d)\)', line) for line in done.stdout.splitlines()]
-    assert [m[1] for m in lines] == names
-    assert np.mean([int(m[2]) == label for m, label in zip(lines, y.tolist())]) >= .9
+    assert done.returncode == 0 and [m[1] for m in lines] == names
+    probs = cli.probabilities(cli.load_net(net/'weights.safetensors')[0], x[:10])
+    assert [m[2] for m in lines] == [str(k) for k in probs.argmax(1).tolist()]
+    assert [m[3] for m in lines] == [f'{p:.2f}' for p in probs.amax(1)]
+
+
+def test_prepared_images():
+    x = mnist(sample=True).test.x
+    rng = np.random.default_rng(1)
+    photos = [as_photo(t, rng) for t in x[:10]]
+    torch.testing.assert_close(cli.prepare_image(Image.fromarray(bytes_of(x[0]))), x[0], rtol=0, atol=0)  # already in the right form
+    prepared = torch.stack([cli.prepare_image(im) for im in photos])
+    assert prepared.dtype == torch.float32 and prepared.shape == (10, 784) and prepared.max() == 255/256 and prepared.min() == 0
+    assert ((prepared*256).round() == prepared*256).all() and (prepared - x[:10]).abs().mean() < .03
+    for side in 20, 28:
+        for im in photos:
+            inked = (cli.prepare_image(im, side).view(28, 28) > .5).nonzero()
+            assert (inked.amax(0) - inked.amin(0) + 1).max() in (side - 1, side, side + 1)
+    faint = Image.fromarray((200 + rng.normal(0, 12, (200, 150))).astype(np.uint8))
+    pale = Image.fromarray(np.uint8(200 - 8*(np.asarray(photos[0]) < 90)))
+    shades = [Image.new('L', (28, 28), grey) for grey in (0, 1, 127, 128, 255)]
+    for img in Image.new('L', (200, 150), 230), faint, pale, Image.new('L', (1, 1)), *shades:
+        with pytest.raises(ValueError, match='nothing is written'): cli.prepare_image(img)
+
+
+def test_steps_of_preparing():
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[-1:1:90j, -1:1:120j]
+    paper = 180 + 30*x - 20*y - 15*x*x + 10*x*y - 5*y*y
+    written = np.zeros((90, 120)); written[30:60, 50:58] = 100
+    for sign in 1, -1:  # bright ink, dark ink
+        ink, noise = cli.find_ink(paper + sign*written)
+        assert abs(ink - written).max() < .01 and noise < .01
+        ink, noise = cli.find_ink(paper + sign*written + rng.normal(0, 5, paper.shape))
+        assert abs(ink - written).mean() < 5 and 4.5 < noise < 5.5
+    low, high = rng.normal(10, 2, 5000), rng.normal(60, 5, 300)
+    assert low.max() < cli.otsu(np.concatenate([low, high])) <= high.min() + .3
+    some, tried = rng.uniform(0, 100, 1000)**2/100, np.linspace(1, 99, 393)  # no peaks: the smallest variance within the groups
+    within = [(some <= c).sum()*some[some <= c].var() + (some > c).sum()*some[some > c].var() for c in tried]
+    assert abs(cli.otsu(some) - tried[np.argmin(within)]) < 2
+    spots = np.argwhere(cli.centre_ink(np.ones((60, 15))) > 127)
+    assert (spots.min(0).tolist(), spots.max(0).tolist()) == ([4, 12], [23, 16])
+    heavy = np.zeros((40, 40)); heavy[:, :4] = heavy[:4] = heavy[30:] = 1
+    spots = np.argwhere(cli.centre_ink(heavy) > 127)
+    assert (spots.max(0) - spots.min(0) + 1).tolist() == [20, 20] and cli.centre_ink(heavy).max() == 255
+    far = np.ones((100, 100))*.02; far[:3, :3] = 1; far[-1] = 1; far[-1, -30:] = 5  # a heavy edge: the digit still stays inside
+    assert cli.centre_ink(far, side=28).shape == (28, 28)
+    assert cli.centre_ink(np.ones((300, 2))).sum(0).argmax() in (13, 14)  # a thin line: one pixel wide, not zero
+
+
+def test_ways_to_store_a_picture(tmp_path):
+    x, y = mnist(sample=True).test
+    seven = bytes_of(x[y == 7][0])
+    def written(img, name='p.png', **kw):
+        img.save(tmp_path/name, **kw)
+        return np.asarray(cli.read_image(tmp_path/name)).astype(int)
+    for mode in 'L', 'RGB', 'RGBA', 'P': assert (written(Image.fromarray(seven).convert(mode)) == seven).all()
+    assert (written(Image.fromarray(seven.astype(np.uint16)*257)) == seven).all()
+    clear = Image.merge('LA', (Image.new('L', (28, 28), 0), Image.fromarray(seven)))  # black ink on a transparent ground
+    assert abs(written(clear) - (255 - seven.astype(int))).max() <= 1
+    turned = Image.Exif(); turned[0x112] = 6  # held upright: rotate by 90 degrees
+    assert (written(Image.fromarray(np.rot90(seven)), exif=turned) == seven).all()
+    (tmp_path/'text.png').write_text('hello')
+    (tmp_path/'half.png').write_bytes((tmp_path/'p.png').read_bytes()[:100])
+    Image.new('L', (9, 9)).save(tmp_path/'p.gif')
+    Image.new('1', (10_000, 10_000)).save(tmp_path/'huge.png')
+    for name in 'text.png', 'half.png', 'p.gif', 'huge.png':
+        with pytest.raises(ValueError, match='not a readable PNG or JPEG'): cli.read_image(tmp_path/name)
+    for name in 'nothing.png', '.':
+        with pytest.raises(ValueError, match='no such file'): cli.read_image(tmp_path/name)
+
+
+def test_report():
+    "Mistakes in order, curves, counts, names of clothes"
+    probs = torch.tensor([[.7, .2, .1], [.6, .3, .1], [.1, .8, .1], [.8, .1, .1], [0., 1., 0.]])
+    labels = torch.tensor([0, 1, 1, 2, 0])
+    assert cli.worst_mistakes(probs, labels).tolist() == [4, 3, 1] and cli.worst_mistakes(probs, labels, 2).tolist() == [4, 3]
+    assert cli.worst_mistakes(probs, probs.argmax(1)).tolist() == []
+    digits = mnist(sample=True)
+    net, records = cli.train_net(digits, epochs=2, hidden=50, seed=3, progress=False)
+    probs, (x, y) = cli.probabilities(net, digits.valid.x), digits.valid
+    for classes, n in (tuple('0123456789'), 500), (cli._CLASSES['fashion_mnist'], 40), (tuple('0123456789'), 3):
+        fig = cli.draw_run(records, x[:n], y[:n], probs[:n], classes, 'a title')
+        worst = cli.worst_mistakes(probs[:n], y[:n]).tolist()
+        mistakes = [ax for ax in fig.axes if ax.get_title()]
+        assert [ax.get_title() for ax in mistakes] == [f'{classes[y[i]]}\nnot {classes[probs[i].argmax()]}' for i in worst]
+        for ax, i in zip(mistakes, worst):
+            np.testing.assert_array_equal(ax.images[0].get_array(), x[i].view(28, 28).numpy())
+        lines = {line.get_label(): list(line.get_ydata()) for ax in fig.axes for line in ax.lines if len(line.get_xdata()) == 2}
+        for name in 'train_loss', 'valid_loss', 'valid_accuracy':
+            assert lines[name.replace('_', ' ')] == [getattr(r, name) for r in records]
+        fig.savefig(io.BytesIO())
+
+
+def test_training_as_a_function():
+    "The recipe by hand; random state; a loss that is not finite"
+    digits = mnist(sample=True)
+    def by_hand(seed, lr, bs, hidden):
+        torch.manual_seed(seed)
+        net = cli.make_net(hidden, 'torch')
+        for idx in torch.randperm(len(digits.train.x), generator=torch.Generator().manual_seed(seed)).split(bs):
+            torch.nn.functional.cross_entropy(net(digits.train.x[idx]), digits.train.y[idx]).backward()
+            for p in net.parameters(): p.data -= lr*p.grad; p.grad = None
+        return dict(net.state_dict())
+    for kw in dict(seed=3, lr=.1, bs=64, hidden=20), dict(seed=42, lr=.5, bs=128, hidden=200):
+        given = kw if kw['seed'] == 3 else {}  # the second time with the defaults
+        before = torch.get_rng_state()
+        net, _ = cli.train_net(digits, 1, progress=False, **given)
+        torch.testing.assert_close(torch.get_rng_state(), before)
+        torch.testing.assert_close(dict(net.state_dict()), by_hand(**kw), rtol=1e-3, atol=1e-4)
+    for bs in 128, 4000:  # with one step per epoch only the validation loss is not finite
+        with pytest.raises(FloatingPointError, match='the loss became'): cli.train_net(digits, 1, bs, lr=1e30, progress=False)
+    with pytest.raises(KeyError, match='jax'): cli.make_net(7, 'jax')
+    net, _ = cli.train_net(digits, 1, 500, hidden=5, progress=False, engine='torch')
+    assert type(net[0]) is torch.nn.Linear
+
+
+def test_saved_and_loaded(tmp_path):
+    net = cli.make_net(7)
+    info = {'data': 'mnist', 'used': 'sample', 'arguments': {'hidden': 7}, 'version': '0', 'epochs': [{'epoch': 1}]}
+    cli.save_run(tmp_path, net, info, b'a picture')
+    assert metrics_of(tmp_path) == info and (tmp_path/'report.png').read_bytes() == b'a picture'
+    before = torch.get_rng_state()
+    loaded, about = cli.load_net(tmp_path/'weights.safetensors')
+    torch.testing.assert_close(torch.get_rng_state(), before)
+    torch.testing.assert_close(loaded.state_dict(), net.state_dict(), rtol=0, atol=0)
+    assert about == {k: info[k] for k in ('data', 'used', 'arguments', 'version')} | {'epoch': 1} and loaded[0].weight.requires_grad
+    assert type(cli.load_net(tmp_path/'weights.safetensors', 'torch')[0][0]) is torch.nn.Linear
+    cli.save_run(tmp_path, net, info)  # the picture shows other weights
+    assert sorted(f.name for f in tmp_path.iterdir()) == ['metrics.json', 'weights.safetensors']
+    for remark, about in ((None, {}), ('{', {}), ('[1]', {}), ('['*100_000, {}), ('{"epoch": 2}', {'epoch': 2})):
+        save_file(net.state_dict(), tmp_path/'w', remark and {'miniai': remark})
+        assert cli.load_net(tmp_path/'w')[1] == about
+    state = net.state_dict()
+    for wrong, what in ((state | {'4.bias': torch.zeros(3)}, '4.bias'), (state | {'0.weight': torch.zeros(7, 9)}, r'\[7, 9\]'),
+                        ({k: v for k, v in state.items() if k != '2.bias'}, '2.bias'), ({'k': torch.zeros(1)}, '0.bias'),
+                        *((state | {'0.bias': torch.zeros(shape)}, '0.bias') for shape in ((), (0,), (7, 1)))):
+        save_file(wrong, tmp_path/'w')
+        with pytest.raises(ValueError, match=f'not weights of miniai_train: .*{what}'): cli.load_net(tmp_path/'w')
+    for junk in b'', b'hello', (tmp_path/'weights.safetensors').read_bytes()[:-1]:
+        (tmp_path/'w').write_bytes(junk)
+        with pytest.raises(ValueError, match='not a safetensors file'): cli.load_net(tmp_path/'w')
+    for absent in tmp_path/'nothing', tmp_path:
+        with pytest.raises(FileNotFoundError, match='no such file'): cli.load_net(absent)
 
 
 def test_bad_pictures_are_named_and_skipped(tmp_path, net):
@@ -332,8 +763,7 @@ def test_bad_pictures_are_named_and_skipped(tmp_path, net):
     assert len(lines) == len(bad) and all(line.startswith(f'miniai_predict: {name}: ') for line, name in zip(lines, bad))
 
 
-def test_strange_weights(tmp_path, net):
-    from safetensors.torch import save_file
+def test_strange_weights(tmp_path, monkeypatch, net):
     Image.fromarray(bytes_of(mnist(sample=True).test.x[0])).save(tmp_path/'d.png')
     save_file({'conv.weight': torch.zeros(3, 3)}, tmp_path/'other')
     state = load_file(net/'weights.safetensors')
@@ -341,13 +771,25 @@ def test_strange_weights(tmp_path, net):
     torch.save(state, tmp_path/'pickle')
     (tmp_path/'cut').write_bytes((net/'weights.safetensors').read_bytes()[:-9])
     (tmp_path/'none').touch()
-    one_line(predict('other', 'd.png', cwd=tmp_path), 1, '0.weight is absent')
-    one_line(predict('shape', 'd.png', cwd=tmp_path), 1, '2.weight is F32 (7, 200), must be F32 (10, 200)')
-    for name in 'pickle', 'cut', 'none': one_line(predict(name, 'd.png', cwd=tmp_path), 1, name, 'not a safetensors file')
-    one_line(predict('absent', 'd.png', cwd=tmp_path), 1, 'absent: no such file')
-    one_line(predict('.', 'd.png', cwd=tmp_path), 1, 'no such file')
-    one_line(predict(net/'weights.safetensors', cwd=tmp_path), 2, 'IMAGE')
-    one_line(predict(cwd=tmp_path), 2, 'WEIGHTS')
+    monkeypatch.chdir(tmp_path)
+    for data in '["x"]', '{}', 'null', '3', '"runes"': save_file(state, tmp_path/f'forged {data}', {'miniai': '{"data": %s}' % data})
+    for name, status, *parts in (('other', 1, '0.weight'), ('shape', 1, '2.weight', '[7, 200]'), ('absent', 1, 'absent: no such file'),
+                                 ('.', 1, 'no such file'),
+                                 *((name, 1, name, 'not a safetensors file') for name in ('pickle', 'cut', 'none'))):
+        found, out, err = call(name, 'd.png', command='miniai_predict')
+        assert (found, out, err.count('\n')) == (status, '', 1) and all(part in err for part in parts), err
+    for path in tmp_path.glob('forged *'): assert re.fullmatch(r'd\.png: \d .*\n', call(path, 'd.png', command='miniai_predict')[1])
+    for args, name in ((net/'weights.safetensors',), 'IMAGE'), ((), 'WEIGHTS'):
+        found, out, err = call(*args, command='miniai_predict')
+        assert (found, err.count('\n')) == (2, 1) and name in err
+    with torch.no_grad():
+        sure = cli.make_net(3)
+        for p in sure.parameters(): p.zero_()
+        sure[2].bias[8] = 9
+    (tmp_path/'f').mkdir()
+    for data, name in ('fashion_mnist', 'bag'), ('runes', '8'):
+        cli.save_run(tmp_path/'f', sure, {'data': data, 'epochs': []})
+        assert call('f/weights.safetensors', 'd.png', command='miniai_predict')[:2] == (0, f'd.png: {name} (1.00)\n')
 
 
 @pytest.mark.skipif('MINIAI_DATA' not in os.environ, reason='needs Fashion-MNIST: set MINIAI_DATA')
