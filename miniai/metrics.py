@@ -247,7 +247,7 @@ class Accuracy(ClassScore):
 
 # %% ../nbs/06_metrics.ipynb #b4baaaa1
 class FBeta(ClassScore):
-    "Precision (alone for `beta=0`) and recall (for `math.inf`), which counts `beta` times as much"
+    "One score in which recall counts `beta` times as much as precision (0: precision alone)"
     def __init__(self, beta:float, average:str|None='macro', name:str|None=None, **options):
         super().__init__(average, name, **options)
         if not beta >= 0: raise ValueError(f'{self.name}: beta is {beta}, must be 0 or more')

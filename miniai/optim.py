@@ -261,7 +261,7 @@ class Schedule(LRScheduler):
         return [low + (lr - low)*new/last for lr in now]
 
     def load_state_dict(self, state_dict:dict):
-        "Continue from a saved state; a change that making this object made to `lr` is undone"
+        "Continue from a saved state; undoes the change that `__init__` made to `lr`"
         groups, low, first = self.optimizer.param_groups, self.eta_min, self.share(0)
         now, saved = [g['lr'] for g in groups], state_dict['_last_lr']
         if self.last_epoch == 0 < first and now == self.get_last_lr() != saved: # as made
@@ -349,7 +349,7 @@ class OneCycleLR(LRScheduler):
         return [_between(g, 'lr', t, phases, cos) for g in self.optimizer.param_groups]
 
     def load_state_dict(self, state_dict:dict):
-        "Continue from a saved state; what making this object changed in the groups is set anew"
+        "Continue from a saved state; sets again what `__init__` overwrote in the groups"
         groups = self.optimizer.param_groups
         untouched = [g['lr'] for g in groups] == self.get_last_lr()
         super().load_state_dict(state_dict)
