@@ -97,7 +97,7 @@ def _bar(learn, page):
     form = dict(file=io.StringIO(), ncols=90, ascii=False) if page else dict(dynamic_ncols=True)
     bar = tqdm(desc=f'epoch {learn.epoch}/{learn.epochs}', total=total or None, unit='batch',
                initial=learn.batches_done, leave=False, delay=1, **form)
-    bar.delay = 0 # with `delay=1` tqdm drew nothing while it was made; a Ctrl-C then left no bar
+    bar.delay = 0 # from here on it may draw; a Ctrl-C while it was made left nothing behind
     return bar
 
 # %% ../nbs/07_progress.ipynb #949390ec
