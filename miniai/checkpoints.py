@@ -19,10 +19,8 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from miniai.files import (
-    SUMS, Damaged, StopSignals, lock_folder, new_path, pack, save_tensors, unpack, verify_files,
-    write_checksums,
-)
+from .files import (SUMS, Damaged, StopSignals, lock_folder, new_path, pack, save_tensors,
+                          unpack, verify_files, write_checksums)
 from .learner import Callback, CancelFit, Learner, check_replayable
 
 # %% ../nbs/09_checkpoints.ipynb #b32eba35
