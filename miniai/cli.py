@@ -81,7 +81,7 @@ def save_run(
     "Write the files of a run, each completely or not at all; `OSError` if that is impossible"
     from safetensors.torch import save
 
-    from miniai.checkpoints import write_files
+    from miniai.files import write_files
     about = {k: info.get(k) for k in ('data', 'used', 'arguments', 'version')}
     remark = {'miniai': json.dumps(about | {'epoch': len(info['epochs'])})} # one: it has no order
     files = {'weights.safetensors': save(dict(net.state_dict()), remark),
@@ -386,8 +386,9 @@ def _train_into(out, args, info):
     "Train, evaluate and save; fills `info`, the contents of `metrics.json`"
     import torch
 
-    from miniai.checkpoints import CheckpointCB, list_checkpoints, write_files
+    from miniai.checkpoints import CheckpointCB, list_checkpoints
     from miniai.data import DataUnavailable, fashion_mnist, mnist
+    from miniai.files import write_files
     from miniai.learner import Callback
     try: splits = mnist(args['sample']) if args['data'] == 'mnist' else fashion_mnist()
     except (DataUnavailable, ValueError) as e: raise _Stop(str(e)) from None
@@ -442,7 +443,7 @@ def _finish(out, info, net, records, test):
 
 # %% ../nbs/80_command_line.ipynb #8526f645
 def _train(typed):
-    from miniai.checkpoints import lock_folder
+    from miniai.files import lock_folder
     resume, overwrite, out = (typed.pop(k, None) for k in ('resume', 'overwrite', 'out'))
     if resume and not out: out = _last_run()
     new, info = not out or not Path(out).exists(), {'epochs': []}

@@ -18,7 +18,7 @@ PARTS = [   # name, what it leads to, color, chapters
     ('By hand', 'from the chain rule to a loop that trains a net', '#0072b2', ['00', '01', '02', '03', '04']),
     ('A trainer', 'extend, watch, save and speed up a training run', '#009e73', ['05', '06', '07', '08', '09', '10']),
     ('Convnets', 'planned', '#777777', ['11', '12', '13', '14', '15', '16']),
-    ('Appendices', 'optional, each after the chapter named', '#d55e00', ['70', '75', '76', '80', '90']),
+    ('Appendices', 'optional, each after the chapter named', '#d55e00', ['70', '72', '75', '76', '80', '90']),
 ]
 PLANNED = {'11': 'Convolutions', '12': 'Activations', '13': 'Initialization', '14': 'Normalization', '15': 'ResNet', '16': 'Augmentation'}
 AFTER = {'70': '00', '75': '02', '76': '04', '80': '09', '90': '04'}

@@ -19,26 +19,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from miniai import checkpoints
 from miniai.checkpoints import (
     CheckpointCB,
-    StopSignals,
     list_checkpoints,
     load_checkpoint,
     load_weights,
-    lock_folder,
-    new_path,
     newest_checkpoint,
-    pack,
     read_checkpoint,
     save_checkpoint,
-    unpack,
-    write_files,
 )
 from miniai.data import mnist
+from miniai.files import Damaged, lock_folder, write_checksums
 from miniai.learner import Callback, CancelBatch, CancelFit, CancelStep, Learner
 from miniai.losses import CrossEntropyLoss
 from miniai.module import Linear, ReLU, Sequential
@@ -171,13 +166,6 @@ def test_schedules(tmp_path, every):
     same_end(tmp_path/'plateau', ours, own_generator, momentum, lambda: (optim.SchedulerCB(plateau, each='epoch'),), every=every)
 
 
-# ---- values in files
-
-ODD = [None, True, False, 0, 1, -3, 2**70, .1, 1/3, 5e-324, float('inf'), -float('inf'), float('nan'), -0., '', '$tensor', 'π', [], (), {},
-       (1,), [[]], {0: 'a', 1: {'b': torch.tensor(2.)}}, {'$tensor': 'x'}, {'$dict': 1, 'y': 2}, {'y': 2, '$': 1},
-       {(1, 'k'): None, 'k': 3}, {'a': {'': (torch.tensor([1, 2]), [torch.tensor(True)])}}]
-
-
 def same(a, b):
     "Equal in type and value, bit for bit"
     if type(a) is not type(b): return False
@@ -187,88 +175,7 @@ def same(a, b):
     return repr(a) == repr(b)   # distinguishes -0. from 0., and treats nan as equal to nan
 
 
-@pytest.mark.parametrize('value', [*ODD, ODD], ids=lambda v: repr(v)[:20])
-def test_odd_values_come_back_from_files(tmp_path, value):
-    tensors = {}
-    text = json.dumps(pack(value, tensors))
-    save_file(tensors, tmp_path/'t')
-    assert same(value, unpack(json.loads(text), load_file(tmp_path/'t')))
-
-
-def test_pack_copies_nothing():
-    stored, wide = {}, torch.arange(6.).view(2, 3).requires_grad_()
-    assert pack((1, {'a': [wide]}), stored) == {'$tuple': [1, {'a': [{'$tensor': '0'}]}]}
-    assert stored['0'].data_ptr() == wide.data_ptr() and not stored['0'].requires_grad
-    pack(wide, stored)
-    assert list(stored) == ['0', '1']
-
-
-@pytest.mark.parametrize('value, plain', [(np.float32(.1), np.float32(.1).item()), (np.int64(5), 5), (np.bool_(True), True),
-                                          (np.float64(.1), .1), ({'lr': np.float16(.5)}, {'lr': .5})])
-def test_numpy_numbers_become_pythons(value, plain): assert same(pack(value, {}), plain)
-
-
-@pytest.mark.parametrize('value, place', [({'opt': {'hook': print}}, 'value.opt.hook'), ([0, [set()]], r'value\[1\]\[0\]'),
-                                          ({3: (object(),)}, r'value\.3\[0\]'), (np.zeros(2), 'value')])
-def test_other_values_are_named(value, place):
-    with pytest.raises(TypeError, match=f'^{place} is a '): pack(value, {})
-
-
-# ---- files
-
 def content(folder): return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(Path(folder).rglob('*')) if f.is_file()}
-
-
-def test_files_are_replaced_together(tmp_path):
-    write_files(tmp_path, {'a': b'old', 'b': b'old'})
-    with pytest.raises(TypeError): write_files(tmp_path, {'a': b'new', 'b': 3})
-    with pytest.raises(TypeError): write_files(tmp_path, {'a': 3, 'b': b'new'})
-    assert content(tmp_path) == {'a': b'old', 'b': b'old'}
-    write_files(str(tmp_path), {'a': b'new'})
-    assert content(tmp_path) == {'a': b'new', 'b': b'old'}
-
-
-def test_a_folder_appears_at_once_and_replaces_another(tmp_path):
-    for text in 'one', 'two':
-        with new_path(tmp_path/'deep/c') as part:
-            part.mkdir()
-            (part/'x').write_text(text)
-            assert not (tmp_path/'deep/c').exists() or (tmp_path/'deep/c/x').read_text() == 'one'
-    with pytest.raises(RuntimeError), new_path(tmp_path/'deep/c') as part:
-        part.mkdir()
-        (part/'x').touch()
-        raise RuntimeError
-    assert content(tmp_path) == {'deep/c/x': b'two'} and [p.name for p in (tmp_path/'deep').iterdir()] == ['c']
-    with pytest.raises(OSError), new_path(tmp_path/'deep/c') as part: part.touch()    # a file replaces no folder
-    assert content(tmp_path) == {'deep/c/x': b'two'}
-
-
-def test_a_folder_is_put_back_if_the_second_rename_fails(tmp_path, monkeypatch):
-    (tmp_path/'c').mkdir()
-    (tmp_path/'c/old').touch()
-    def fail(*args): raise OSError(errno.EIO, 'no')
-    monkeypatch.setattr(os, 'replace', fail)
-    with pytest.raises(OSError, match='no'), new_path(tmp_path/'c') as part: part.mkdir()
-    assert [*content(tmp_path)] == ['c/old'] and len([*tmp_path.iterdir()]) == 1
-
-
-@pytest.mark.parametrize('system, calls', [('posix', ['file', 'file', 'folder', 'replace', 'folder']), ('nt', ['file', 'file', 'replace'])])
-def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch, system, calls):
-    seen, fsync, replace = [], os.fsync, os.replace
-    def noted_fsync(fd):
-        seen.append('folder' if stat.S_ISDIR(os.fstat(fd).st_mode) else 'file')
-        fsync(fd)
-    def noted_replace(*args):
-        seen.append('replace')
-        replace(*args)
-    with new_path(tmp_path/'c') as part:
-        part.mkdir()
-        for name in 'a', 'b': (part/name).touch()
-        monkeypatch.setattr(os, 'fsync', noted_fsync)
-        monkeypatch.setattr(os, 'replace', noted_replace)
-        monkeypatch.setattr(checkpoints.os, 'name', system)
-    monkeypatch.undo()
-    assert seen == calls
 
 
 # ---- one checkpoint
@@ -324,12 +231,12 @@ def test_every_damage_is_found(tmp_path, trained, name):
     for hurt in (b'', data[:-1], data[:len(data)//2], data + b'x', b'\xff'*9, *flipped):
         path.write_bytes(hurt)
         if name == 'SHA256SUMS' and hurt == data + b'x': continue                     # one line more does no harm
-        with pytest.raises(checkpoints._Damaged, match=f'^{tmp_path}'): read_checkpoint(tmp_path/'c')
+        with pytest.raises(Damaged, match=f'^{tmp_path}'): read_checkpoint(tmp_path/'c')
     path.unlink()
-    with pytest.raises(checkpoints._Damaged, match=name): read_checkpoint(tmp_path/'c')
+    with pytest.raises(Damaged, match=name): read_checkpoint(tmp_path/'c')
 
 
-def seal(folder): (folder/'SHA256SUMS').write_text(''.join(checkpoints._sums(folder)))
+def seal(folder): write_checksums(folder, ['weights.safetensors', 'state.safetensors', 'manifest.json'])
 
 
 @pytest.mark.parametrize('change', [{'format': 'another tool'}, {'version': 1}, {'version': 3}])
@@ -537,8 +444,8 @@ def test_the_newest_intact_one(tmp_path, trained):
 
 def test_checkpoints_are_read_once(tmp_path, monkeypatch):
     start(tmp_path, epochs=1)
-    read, real = [], checkpoints._verify
-    monkeypatch.setattr(checkpoints, '_verify', lambda *args: (read.append(args[0].name), real(*args)))
+    read, real = [], checkpoints.verify_files
+    monkeypatch.setattr(checkpoints, 'verify_files', lambda *args: (read.append(args[0].name), real(*args)))
     start(tmp_path, epochs=2)
     assert read == ['checkpoint-000001']
 
@@ -878,7 +785,7 @@ def test_the_programs_own_handler_is_called(tmp_path):
     finally: signal.signal(signal.SIGTERM, before)
 
 
-def test_threads_and_ignored_signals(tmp_path, monkeypatch):
+def test_threads_and_ignored_signals(tmp_path):
     done, before = [], signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=lambda: done.append(start(tmp_path/'thread')))
     thread.start()
@@ -888,8 +795,6 @@ def test_threads_and_ignored_signals(tmp_path, monkeypatch):
         signal.signal(signal.SIGINT, signal.SIG_IGN)                                  # a background job that ignores Ctrl-C
         assert len(start(tmp_path/'deaf', cbs=[Press('after_batch', 2)])[1]) == 2 and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally: signal.signal(signal.SIGINT, before)
-    monkeypatch.setattr(signal, 'getsignal', lambda number: None)                     # set by other code than Python's
-    with StopSignals() as signals: assert not signals._before
 
 
 def test_errors_of_workers_without_a_signal_stay_errors(tmp_path):
@@ -1049,20 +954,6 @@ def test_state_of_a_failing_callback_is_named(tmp_path):
     learn = learner(ours, own_generator, SGD, 1, [Odd(), CheckpointCB(tmp_path/'run')])
     with pytest.raises(TypeError, match=r'callbacks\.Odd\.rule\.func is a builtin_function_or_method'): learn.fit(1, progress=False)
     assert [p.name for p in (tmp_path/'run').iterdir()] == ['.lock']
-
-
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork')
-@pytest.mark.filterwarnings('ignore:.*fork.*:DeprecationWarning')
-def test_a_forked_child_does_not_hold_the_lock(tmp_path):
-    with lock_folder(tmp_path):
-        if not (child := os.fork()):   # like a loader's worker, which may outlive a killed process
-            time.sleep(20)
-            os._exit(0)
-    try:
-        with lock_folder(tmp_path): pass
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 SCRIPT = '''

@@ -456,9 +456,9 @@ def test_a_second_run_is_locked_out_until_the_first_has_ended(tmp_path, monkeypa
 
 
 def test_full_disk_at_bad_moments(tmp_path, monkeypatch):
-    import miniai.checkpoints as checkpoints
+    import miniai.files as files_of
     monkeypatch.chdir(tmp_path)
-    sync = checkpoints._sync
+    sync = files_of._sync
     ends = set()
     for files in range(0, 30, 3):
         left = files
@@ -468,7 +468,7 @@ def test_full_disk_at_bad_moments(tmp_path, monkeypatch):
             if left < 0: raise OSError(28, 'No space left on device')
             sync(path)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoints, '_sync', full)
+            patch.setattr(files_of, '_sync', full)
             status, out, err = call(*TINY, '--out', 'a folder', '--overwrite')
         if status == 0: break
         assert status == 1 and err.count('\n') == 1 and 'No space left on device' in err
