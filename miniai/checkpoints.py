@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .learner import Callback, CancelFit, Learner, check_replayable
+from .batches import check_replayable
+from .learner import Callback, CancelFit, Learner
 
 # %% ../nbs/09_checkpoints.ipynb #86aa8637
 def pack(
