@@ -177,6 +177,11 @@ def test_datasets_get_a_loader(data, kind, bs):
     exact(torch.cat([yb for _, yb in dl]), y)
 
 
+@pytest.mark.parametrize('make', [lambda t: (t, t), lambda t: torch_data.TensorDataset(t, t)])
+def test_batches_have_1024_examples_unless_told_otherwise(make):
+    assert [len(xb) for xb, _ in as_loader(make(torch.zeros(1500)))] == [1024, 476]
+
+
 @pytest.mark.parametrize('make', [lambda: BATCHES, lambda: tuple(BATCHES), lambda: iter(BATCHES), lambda: DataLoader((x, y), 4),
                                   lambda: torch_data.DataLoader(rows, 4), lambda: [x, y]])
 def test_what_yields_batches_stays(make):
