@@ -16,15 +16,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from miniai.learner import (
-    Callback,
-    CancelFit,
-    CancelStep,
-    check_replayable,
-    random_state,
-    set_random_state,
-    to_device,
-)
+from .batches import check_replayable, random_state, set_random_state, to_device
+from .learner import Callback, CancelFit, CancelStep
 
 # %% ../nbs/08_callbacks.ipynb #97fe57ed
 def default_device()->torch.device:

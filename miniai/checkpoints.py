@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 from . import __version__
+from .batches import check_replayable
 from .files import (SUMS, Damaged, StopSignals, lock_folder, new_path, pack, save_tensors,
                           unpack, verify_files, write_checksums)
-from .learner import Callback, CancelFit, Learner, check_replayable
+from .learner import Callback, CancelFit, Learner
 
 # %% ../nbs/09_checkpoints.ipynb #b32eba35
 _FORMAT, _VERSION = 'miniai checkpoint', 2
