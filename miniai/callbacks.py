@@ -217,7 +217,7 @@ class AccumulateCB(Callback):
         self._grads(learn)
         if not self._count: return
         self._count = self.n # the last group may be smaller
-        learn._phase('update', learn._update)
+        learn.update()
 
     def state_dict(self): return {'count': self._count, 'examples': self._examples}
 

@@ -14,7 +14,6 @@ from fractions import Fraction
 
 import torch
 
-from .gradcheck import check_grads
 from .module import Module
 
 # %% ../nbs/76_exercises.ipynb #095e2f28
@@ -35,6 +34,10 @@ _ONE = 'exp log sqrt sin cos tan sinh cosh tanh abs sign sigmoid relu softplus'.
 _ARGS = {**dict.fromkeys(_ONE, 1), 'maximum': 2, 'minimum': 2, 'where': 3}
 _SAME = {'ln': 'log', 'σ': 'sigmoid', 'max': 'maximum', 'min': 'minimum'}
 _CONSTANTS = {'pi': math.pi, 'e': math.e}
+_ELSE = {'sech': '1/cosh(x)', 'csch': '1/sinh(x)', 'coth': '1/tanh(x)', 'sec': '1/cos(x)',
+         'csc': '1/sin(x)', 'cot': '1/tan(x)', 'sgn': 'sign(x)', 'log1p': 'log(1 + x)',
+         'swish': 'x*sigmoid(x)', **dict.fromkeys('sigma s logistic expit'.split(), 'sigmoid(x)'),
+         **dict.fromkeys('H u θ heaviside step'.split(), '(x > 0), which counts as 1 or 0,')}
 
 def _table(lib, truth, **own):
     "Operators for numbers or symbols: signs, comparisons, functions of `lib` and `own` ones"
@@ -53,21 +56,57 @@ def _sympy_table():
                   where=lambda test, a, b: s.Piecewise((a, s.Ne(test, 0)), (b, True)))
 
 # %% ../nbs/76_exercises.ipynb #8a639ed3
-def _hint(node):
+_CASES = 'write cases as 1 if x > 0 else 0'
+def _unknown(name, names):
+    "What to write instead of a name that is no variable and no function with brackets"
+    functions, low = [*_ARGS, *_SAME], name.lower()
+    inner = '|'.join(map(re.escape, [n for n in names if n != 'out']))
+    if name in functions: return f'write {name}(x), {name}(x)**2'
+    if name in _ELSE: return f'write {_ELSE[name]} for {name}(x)'
+    if low in functions: return f'write {low} in lower case'
+    if m := re.fullmatch(rf'({"|".join(functions)})({inner})', name):
+        return f'{m[1]}({m[2]}) needs its brackets'
+    out = '; out is the value of the function'*('out' in names)
+    return f'{name!r} is unknown here; the variables are {", ".join(names)}{out}'
+
+def _hint(node, names):
     "Why this piece of Python is no part of a formula"
     match node:
         case ast.BinOp(op=ast.BitXor()): return 'write ** for a power, such as x**2; ^ means xor'
         case ast.Call(func=ast.Attribute(attr=name)) | ast.Attribute(attr=name):
-            return f'write {name}()' if name in _ARGS else 'no dots; (x > 0) counts as 1 or 0'
+            known = name in _ARGS or name in _SAME
+            return f'write {name}()' if known else 'no dots; (x > 0) counts as 1 or 0'
         case ast.Call(func=ast.Name(id=name)) if (n := _ARGS.get(_SAME.get(name, name))):
             return f'{name}() takes {n} argument(s)'
-        case ast.Call(func=ast.Name(id=name)) if len(name) > 1:
-            return f'{name}() is not known; there are {", ".join(_ARGS)}'
+        case ast.Call(func=ast.Name(id=name)) if name in _ELSE or name.lower() in _ARGS:
+            return _unknown(name, names)
+        case ast.Call(func=ast.Name(id=name)) if name not in names and name not in _CONSTANTS:
+            return f'{name}() is not known; there are {", ".join(_ONE)}, σ, max, min and where'
         case ast.Call(): return 'write * between two factors, such as 2*(x + 1)'
         case ast.Lambda(): return 'write the formula alone, without lambda'
         case ast.Compare() | ast.BoolOp(): return 'use only < <= > >=, once: (x > 0)*(x < 1)'
+        case ast.Tuple(elts=parts):
+            if any(isinstance(p, ast.Compare) for p in parts): return _CASES
+            return 'write a decimal point, not a comma: 0.5'
     return 'only numbers, variables, + - * / **, comparisons and functions are allowed'
 
+_TYPED = str.maketrans({'−': '-', '–': '-', '·': '*', '⋅': '*', '×': '*', '÷': '/', 'π': 'pi',
+                        '²': '**2', '³': '**3', '≥': '>=', '≤': '<='})
+_WORD = r'\b(?!(?:if|else|and|or|not|is|in)\b)\w+'
+_TYPICAL = {r'[⁰¹⁴-⁹⁺⁻ˣʸⁿ]': 'write ** for a power, such as e**(-x)', '√': 'write sqrt(x)',
+            rf'\b({"|".join([*_ARGS, *_SAME])})\s+\w': r'\1(x) needs its brackets',
+            r'\bif\b(?!.*\belse\b)|\bif\b.*,|otherwise|\bfor\b|[{?;]': _CASES,
+            r'=[<>]|[<>]\s+=': 'write >= or <=',
+            r'(?<![<>=!])=(?!=)': 'write the right-hand side only, without =',
+            r'\|': 'write abs(x) for |x|',
+            rf'\d\s*(?!(?:if|else)\b)[^\W\d]|[\d)]\s*\(|\)\s*(?!if\b|else\b)\w|{_WORD}\s+{_WORD}':
+                'write * between factors, such as 2*x', '': 'is a bracket or operand missing?'}
+def _why_unreadable(text):
+    "The hint of the first pattern that occurs in a text that is no Python"
+    found = ((re.search(pattern, text), hint) for pattern, hint in _TYPICAL.items())
+    return next(m.expand(hint) for m, hint in found if m)
+
+# %% ../nbs/76_exercises.ipynb #661b743d
 def _read(node, names, depth=0):
     "A node of Python's syntax tree as nested tuples `(operator, *arguments)`, or `ValueError`"
     if depth > 50: raise ValueError('the formula is nested too deeply: at most 50 levels')
@@ -81,10 +120,8 @@ def _read(node, names, depth=0):
         case ast.IfExp(test=test, body=a, orelse=b): return build('where', test, a, b)
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) \
             if _ARGS.get(key := _SAME.get(name, name)) == len(args): return build(key, *args)
-        case ast.Name(id=name):
-            if _SAME.get(name, name) in _ARGS: raise ValueError(f'write {name}(x), {name}(x)**2')
-            raise ValueError(f'{name!r} is unknown here; the variables are {", ".join(names)}')
-    raise ValueError(_hint(node))
+        case ast.Name(id=name): raise ValueError(_unknown(name, names))
+    raise ValueError(_hint(node, names))
 
 def _limit(tree, names, power=1):
     "`ValueError` if numbers grow too large; the value of a tree without variables, else `None`"
@@ -101,13 +138,6 @@ def _limit(tree, names, power=1):
     if not abs(value) <= 1e9: raise ValueError('a number in the formula is too large, or 1/0')
     return value
 
-# %% ../nbs/76_exercises.ipynb #df9c18e2
-_TYPED = str.maketrans({'−': '-', '–': '-', '·': '*', '×': '*', '²': '**2', '³': '**3'})
-_TYPICAL = {r'otherwise|\bfor\b|\{': 'write cases as 1 if x > 0 else 0',
-            r'\d\s*[a-zA-Z(]|\)\s*[\w(]': 'write * between factors, such as 2*x',
-            r'=': 'write the right-hand side only, without =', r'\|': 'write abs(x) for |x|',
-            r'[a-z]\s+[a-z\d]': 'sin(x) needs its brackets', '': 'is a bracket or operand missing?'}
-
 def _parse(text, names=None):
     "The tree of a formula and its variables, `names` if given; `ValueError` if unreadable"
     if not isinstance(text, str):
@@ -117,8 +147,7 @@ def _parse(text, names=None):
     text = text.translate(_TYPED).strip()
     try: body = ast.parse(text, mode='eval').body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        why = next(hint for pattern, hint in _TYPICAL.items() if re.search(pattern, text))
-        raise ValueError(start + why) from None
+        raise ValueError(start + _why_unreadable(text)) from None
     found = {n.id for n in ast.walk(body) if isinstance(n, ast.Name)}
     names = names or sorted(found - {*_ARGS, *_SAME, *_CONSTANTS})
     try:
@@ -126,35 +155,39 @@ def _parse(text, names=None):
         _limit(tree, names)
     except (ValueError, OverflowError) as e: raise ValueError(start + str(e)) from None
     return tree, names
+
+# %% ../nbs/76_exercises.ipynb #df9c18e2
 def _evaluate(tree, table, env, number):
     "The value of a tree: operators from `table`, variables from `env`, constants by `number`"
     if isinstance(tree, tuple):
         return table[tree[0]](*(_evaluate(t, table, env, number) for t in tree[1:]))
     return env[tree] if tree in env else number(tree)
-def _count(tree, env):
+def _count(tree, env, table=_TORCH):
     "The value of a tree for tensors of one shape, which the result has, too"
     like = next(iter(env.values()))
-    value = _evaluate(tree, _TORCH, env, lambda v: like.new_tensor(_CONSTANTS.get(v, v)))
+    value = _evaluate(tree, table, env, lambda v: like.new_tensor(_CONSTANTS.get(v, v)))
     return value.expand_as(like)
 
 class Formula(Module):
-    "A layer from text: a function `func` of the variable `wrt`; `bwd` uses `slope`, right or wrong"
+    """A layer from text: a function `func` of the variable `wrt`; `bwd` uses `slope`, right or
+    wrong. In `slope`, `out` stands for the value of the function."""
     def __init__(self, func:str, slope:str, wrt:str):
         super().__init__()
         self.wrt, (self.func, self.names) = wrt, _parse(func)
         if wrt not in self.names or len(self.names) > 3:
             raise ValueError(f'{func!r} has the variables {self.names}')
-        self.slope, _ = _parse(slope, self.names)
+        self.slope, _ = _parse(slope, [*self.names, 'out'])
     def forward(self, x): return _count(self.func, {self.wrt: x})
-    def bwd(self, grad, out, x): return grad*_count(self.slope, {self.wrt: x})
+    def bwd(self, grad, out, x): return grad*_count(self.slope, {self.wrt: x, 'out': out})
     def latex(self):
         "The slope in LaTeX, as sympy reads it, and whether sympy can prove it"
         import sympy as s
         table, env = _sympy_table(), {n: s.Symbol(n, real=True) for n in self.names}
         numbers = {'pi': s.pi, 'e': s.E}
         def number(v): return numbers[v] if v in numbers else s.Rational(str(v))
-        func, slope = (_evaluate(t, table, env, number) for t in (self.func, self.slope))
-        rest = (s.diff(func, env[self.wrt]) - slope).rewrite(s.exp)
+        func, out = _evaluate(self.func, table, env, number), s.Symbol('out')
+        slope = _evaluate(self.slope, table, env | {'out': out}, number)
+        rest = (s.diff(func, env[self.wrt]) - slope.subs(out, func)).rewrite(s.exp)
         return s.latex(slope), s.simplify(rest) == 0
 
 # %% ../nbs/76_exercises.ipynb #30393708
@@ -165,10 +198,12 @@ def _points(names):
     return {n: torch.cat([easy.roll(2*i), 2*torch.randn(700, generator=gen),
                           60*torch.rand(300, generator=gen) - 30]).double()
             for i, n in enumerate(names)}
-def _slope(func, points, wrt):
-    "Value and derivative of a tree by autograd, at each point"
+def _slope(func, points, wrt, inner=True):
+    "Value and derivative of a tree by autograd; without `inner`, as if f(g(x))' were f'(g(x))"
     leaf = points[wrt].clone().requires_grad_()
-    out = _count(func, {**points, wrt: leaf})
+    zero = leaf - leaf.detach()
+    slip = {} if inner else {name: lambda u, f=_TORCH[name]: f(u.detach() + zero) for name in _ONE}
+    out = _count(func, {**points, wrt: leaf}, _TORCH | slip)
     return out, torch.autograd.grad(out.sum(), leaf)[0]
 def _close(got, want): return (got - want).abs() <= 1e-9*(1 + want.abs())   # False for NaN
 def _multiple(got, want):
@@ -178,12 +213,13 @@ def _multiple(got, want):
     if abs(k + 1) < 1e-8: return ' Only the sign is wrong.'
     f = Fraction(k).limit_denominator(12)
     return f' It is {f if abs(f - k) < 1e-8 else round(k, 7)} times the right one.'
-def _why(got, want, out, x, wrt):
+def _why(got, want, out, slip, x, wrt):
     "A sentence about a wrong formula, if there is more to say than a counterexample"
     if got.isfinite().all() and want.any():
         if (why := _multiple(got, want)): return why
+        if _close(got, slip).all(): return ' Is the inner derivative there?'
         if _close(got, out).all(): return ' This is the function, not its derivative.'
-        if _close(got - (c := (got - want)[0]), want).all(): return f' It is {c:.4g} too large.'
+        if _close(got - (c := (got - want).mean()), want).all(): return f' It is {c:.4g} too large.'
     for sign, side in ('> 0', x > 0), ('< 0', x < 0):
         if side.any() and _close(got, want)[side].all(): return f' For {wrt} {sign} it is right.'
     return ''
@@ -203,29 +239,32 @@ def check_derivative(
     smooth = out.isfinite() & want.isfinite() & ((left - right).abs() < 1e-3*(1 + want.abs()))
     if smooth.sum() < 100: raise ValueError(f'{of!r} has a derivative at too few points')
     out, want, points = out[smooth], want[smooth], {n: v[smooth] for n, v in points.items()}
-    got = _count(layer.slope, points)
+    got = _count(layer.slope, points | {'out': out})
     if (bad := ~_close(got, want)).any():
         i = bad.nonzero()[0, 0]                           # the easy points come first
         at = ', '.join(f'{n} = {v[i]:.4g}' for n, v in points.items())
         start = f'Not right: at {at} it gives {got[i]:.6g}, but the slope there is {want[i]:.6g}.'
-        return Verdict(False, start + _why(got, want, out, points[wrt], wrt), layer)
+        slip = _slope(func, points, wrt, inner=False)[1]
+        return Verdict(False, start + _why(got, want, out, slip, points[wrt], wrt), layer)
     why = _trouble(layer)
     return Verdict(not why, why or f'Right at all {len(got):,} points tried.', layer)
 
 def _trouble(layer):
     "Where a formula that is right on paper fails in float32: not finite at a kink, wrong at ±100"
-    near = torch.linspace(-3, 3, 13), math.inf, 'Use a form that has a value.'
-    far = torch.tensor([-100., 100.]), 1e-3, 'It should be {:.4g}; exp(±100) is out of range.'
-    for line, tol, hint in near, far:
+    for line, tol in (torch.linspace(-3, 3, 13), math.inf), (torch.tensor([-100., 100.]), 1e-3):
         grid = torch.cartesian_prod(*[line]*len(layer.names)).view(-1, len(layer.names))
         points = dict(zip(layer.names, grid.T))
         exact = _slope(layer.func, {n: v.double() for n, v in points.items()}, layer.wrt)
-        got, (out, want) = _count(layer.slope, points), (t.float() for t in exact)
+        out32, (out, want) = _count(layer.func, points), (t.float() for t in exact)
+        got = _count(layer.slope, points | {'out': out32})
         good = (got - want).abs() < tol*(1 + want.abs())   # False for NaN
         for i in (out.isfinite() & want.isfinite() & ~good).nonzero()[:, 0]:
             at = ', '.join(f'{n} = {v[i]:g}' for n, v in points.items())
-            start = f'Right on paper, but at {at} it gives {got[i]:g} in float32. '
-            return start + hint.format(want[i])
+            start = f'Right on paper, but at {at} it gives {got[i]:g} in float32.'
+            if tol == math.inf: return start + ' Use a form that has a value.'
+            why = ('exp(100) is infinite there, and inf/inf is nan: divide by it, and join the '
+                   'exponents.' if got[i].isnan() else 'exp(±100) is out of the range of float32.')
+            return f'{start} It should be {want[i].where(want[i].abs() > 1e-9, 0):.4g}. {why}'
 
 # %% ../nbs/76_exercises.ipynb #e7d32f66
 def check_gradient(
@@ -236,17 +275,27 @@ def check_gradient(
 )->Verdict:
     "Check a matrix gradient; `grad` is the gradient that arrives at the output of `func`"
     gen = torch.Generator().manual_seed(0)
-    args = [torch.randn(s, generator=gen, dtype=torch.float64) for s in shapes]
-    grad = torch.randn(func(*args).shape, generator=gen, dtype=torch.float64)
-    got = answer(grad, *args)
+    args = [torch.randn(s, generator=gen, dtype=torch.float64).requires_grad_() for s in shapes]
+    out = func(*args)
+    grad = torch.randn(out.shape, generator=gen, dtype=torch.float64)
+    (want,) = torch.autograd.grad(out, args[wrt], grad)
+    try: got = answer(grad.clone(), *(a.detach().clone() for a in args))
+    except Exception as e:
+        given = f'grad has the shape {tuple(grad.shape)}, the arguments have {list(shapes)}'
+        return Verdict(False, f'Your function raises {type(e).__name__}: {e}. Here {given}.')
     if got is None: return Verdict(False, 'not answered yet')
-    def loss(x): return (func(*args[:wrt], x, *args[wrt + 1:])*grad).sum()
     exact = 'float64' in str(getattr(got, 'dtype', 'float64')) # a list has no dtype
-    rtol, x = 1e-6 if exact else 1e-4, args[wrt].requires_grad_()
-    got = torch.as_tensor(got, dtype=torch.float64)
-    (want,) = torch.autograd.grad(loss(x), x)
-    try: check_grads(loss, [x.detach()], [got], rtol=rtol, atol=rtol/100, autograd=exact)
-    except AssertionError as e:
-        more = _multiple(got, want) if got.shape == want.shape else ''
-        return Verdict(False, f'Not right: {str(e).partition(": ")[2]}.{more}')
-    return Verdict(True, 'Right: it equals the measured gradient.')
+    try: got = torch.as_tensor(got, dtype=torch.float64)
+    except Exception: return Verdict(False, f'Your function returns {got!r:.60}, not a tensor.')
+    if got.shape != want.shape:
+        return Verdict(False, f'Not right: the gradient of an argument of shape '
+                       f'{tuple(want.shape)} has this shape, but yours has {tuple(got.shape)}.')
+    error = (got - want).abs() - (1e-9 if exact else 1e-4)*(1 + want.abs())
+    if not (error > 0).any() and got.isfinite().all():
+        return Verdict(True, "Right: it equals autograd's gradient.")
+    worst = torch.unravel_index(error.nan_to_num(torch.inf).argmax(), want.shape)
+    at, more = tuple(map(int, worst)), _multiple(got, want)
+    if 'times' in more: more = ' Only a constant factor is wrong.'
+    digits = 4 if (got[at] - want[at]).abs() > .01*want[at].abs() else 10
+    return Verdict(False, f'Not right: at index {at} it gives {got[at]:.{digits}g}, but it should '
+                   f'be {want[at]:.{digits}g}.{more}')

@@ -264,7 +264,7 @@ class Schedule(LRScheduler):
         "Continue from a saved state; a change that making this object made to `lr` is undone"
         groups, low, first = self.optimizer.param_groups, self.eta_min, self.share(0)
         now, saved = [g['lr'] for g in groups], state_dict['_last_lr']
-        if self.last_epoch == 0 < first and now == self.get_last_lr() != saved:
+        if self.last_epoch == 0 < first and now == self.get_last_lr() != saved: # as made
             for g in groups: g['lr'] = low + (g['lr'] - low)/first
         super().load_state_dict(state_dict)
 

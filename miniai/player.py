@@ -6,6 +6,7 @@
 __all__ = ['RULES', 'Quantity', 'Op', 'Pass', 'read_graph', 'record', 'rule', 'Player', 'play']
 
 # %% ../nbs/75_backward_player.ipynb #b7f7fa89
+import ast
 import base64
 import html
 import json
@@ -201,47 +202,39 @@ def backward_pass(loss, ops, known, constants):
     return Pass(ops, order, [known[n] for n in leaves] + constants)
 
 # %% ../nbs/75_backward_player.ipynb #fde57d86
-def rule(forward, parts=(), **gradients):
-    "Formulas of an operation: ways to write its value, and `input=(gradient, local derivative)`"
-    ways = [forward] if isinstance(forward, str) else forward
-    return ways, parts, {k: v if isinstance(v, list) else [v] for k, v in gradients.items()}
+def rule(value, **gradients):
+    "Formulas of an operation: ways to write its value, and for each input its gradient"
+    def ways(text): return [text] if isinstance(text, str) else list(text)
+    return ways(value), {name: ways(text) for name, text in gradients.items()}
 
 
-_plain, _minus = [('grad', '1'), ('grad.sum(0)', '1')], [('-grad', '-1'), ('-grad.sum(0)', '-1')]
-_relu = rule('relu(x)', x=('grad * (x > 0)', '(x > 0)'))
+_relu = rule('relu(x)', x='grad * (x > 0)')
 _mse = rule(['((x - y)**2).mean()', '((x - y)**2).sum()'],
-            x=[('grad * 2*(x - y) / size', '2*(x - y) / size'), ('grad * 2*(x - y)', '2*(x - y)')])
-_ce = '(softmax(x) - one_hot(y))'
-_ce = rule(['-(one_hot(y) * softmax(x).log()).sum(1).mean()',
-            '-(one_hot(y) * softmax(x).log()).sum(1).sum()'], ['softmax(x)', 'one_hot(y)'],
-           x=[(f'grad * {_ce} / n', f'{_ce} / n'), (f'grad * {_ce}', _ce)])
+            x=['grad * (2*(x - y) / size)', 'grad * (2*(x - y))'])
+_ce = '-(one_hot(y) * softmax(x).log()).sum(1)'
+_ce = rule([_ce + '.mean()', _ce + '.sum()'],
+           x=['grad * ((softmax(x) - one_hot(y)) / n)', 'grad * (softmax(x) - one_hot(y))'])
 RULES = {
-    'Linear': rule(['x @ y.T + z', 'x @ y.T'], x=('grad @ y', 'y'), y=('grad.T @ x', 'x'),
-                   z=('grad.sum(0)', '1')),
+    'Linear': rule(['x @ y.T + z', 'x @ y.T'], x='grad @ y', y='grad.T @ x', z='grad.sum(0)'),
     'ReLU': _relu, 'Relu': _relu, 'ClampMin': _relu, 'MSELoss': _mse, 'MseLoss': _mse,
     'CrossEntropyLoss': _ce,
-    'Flatten': rule('x.flatten(1)', x=('grad.reshape_as(x)', '1')),
-    'Add': rule('x + y', x=_plain, y=_plain), 'Sub': rule('x - y', x=_plain, y=_minus),
-    'Mul': rule('x * y', x=[('grad * y', 'y'), ('(grad * y).sum(0)', 'y')],
-                y=[('grad * x', 'x'), ('(grad * x).sum(0)', 'x')]),
-    'Div': rule('x / y', x=[('grad / y', '1 / y'), ('(grad / y).sum(0)', '1 / y')],
-                y=[('-grad * x / y**2', '-x / y**2'), ('(-grad * x / y**2).sum(0)', '-x / y**2')]),
-    'Pow': rule('x**k', x=[('grad * 2*x', '2*x'), ('grad * k*x**(k - 1)', 'k*x**(k - 1)')]),
-    'Matmul': rule('x @ y', x=('grad @ y.T', 'y.T'), y=('x.T @ grad', 'x.T')),
-    'Addmm': rule('y @ z + x', x=('grad.sum(0)', '1'), y=('grad @ z.T', 'z.T'),
-                  z=('y.T @ grad', 'y.T')),
-    'Mean': rule('x.mean()', x=('grad / size', '1 / size')),
-    'Sum': rule('x.sum()', x=('grad', '1')),
-    'LogSoftmax': rule('softmax(x).log()', x=('grad - softmax(x) * grad.sum(1, True)', '')),
-    'NllLoss': rule('-(one_hot(y) * x).sum(1).mean()',
-                    x=('grad * -one_hot(y) / n', '-one_hot(y) / n')),
-    'Neg': rule('-x', x=('-grad', '-1')), 'Rsub': rule('k - x', x=('-grad', '-1')),
-    'Exp': rule('x.exp()', x=('grad * x.exp()', 'x.exp()')),
-    'Log': rule('x.log()', x=('grad / x', '1 / x')),
-    'Sigmoid': rule('sigmoid(x)', x=('grad * sigmoid(x) * (1 - sigmoid(x))',
-                                     'sigmoid(x) * (1 - sigmoid(x))')),
-    'Tanh': rule('tanh(x)', x=('grad * (1 - tanh(x)**2)', '1 - tanh(x)**2')),
-    'T': rule('x.T', x=('grad.T', '1')),
+    'Flatten': rule('x.flatten(1)', x='grad.reshape_as(x)'),
+    'Add': rule('x + y', x=['grad', 'grad.sum(0)'], y=['grad', 'grad.sum(0)']),
+    'Sub': rule('x - y', x=['grad', 'grad.sum(0)'], y=['grad * -1', '(grad * -1).sum(0)']),
+    'Mul': rule('x * y', x=['grad * y', '(grad * y).sum(0)'], y=['grad * x', '(grad * x).sum(0)']),
+    'Div': rule('x / y', x=['grad * (1 / y)', '(grad * (1 / y)).sum(0)'],
+                y=['grad * (-x / y**2)', '(grad * (-x / y**2)).sum(0)']),
+    'Pow': rule('x**k', x=['grad * (2*x)', 'grad * (k*x**(k - 1))']),
+    'Matmul': rule('x @ y', x='grad @ y.T', y='x.T @ grad'),
+    'Addmm': rule('y @ z + x', x='grad.sum(0)', y='grad @ z.T', z='y.T @ grad'),
+    'Mean': rule('x.mean()', x='grad * (1 / size)'), 'Sum': rule('x.sum()', x='grad'),
+    'LogSoftmax': rule('softmax(x).log()', x='grad - softmax(x) * grad.sum(1, True)'),
+    'NllLoss': rule('-(one_hot(y) * x).sum(1).mean()', x='grad * (-one_hot(y) / n)'),
+    'Neg': rule('-x', x='grad * -1'), 'Rsub': rule('k - x', x='grad * -1'),
+    'Exp': rule('x.exp()', x='grad * x.exp()'), 'Log': rule('x.log()', x='grad * (1 / x)'),
+    'Sigmoid': rule('sigmoid(x)', x='grad * (sigmoid(x) * (1 - sigmoid(x)))'),
+    'Tanh': rule('tanh(x)', x='grad * (1 - tanh(x)**2)'),
+    'T': rule('x.T', x='grad.T'),
 }
 
 # %% ../nbs/75_backward_player.ipynb #f3a78b0f
@@ -263,17 +256,15 @@ def formula_letters(op):
 def formula(text, op):
     "The value of a formula of ours and the formula in the names of the pass; None if it has none"
     values, shown = formula_letters(op)
-    try: value = eval(text or 'None', {'__builtins__': {}}, values) # texts from RULES only
+    try: value = eval(text, {'__builtins__': {}}, values) # texts from RULES only
     except Exception: return None
-    if value is None: return None
     value = torch.as_tensor(value, dtype=op.out.grad.dtype)
     return value, re.sub(r'(?<!\.)\b([xyzkn]|size)\b', lambda m: shown.get(m[0], m[0]), text)
 
 
 def formula_value(op):
     "The value of an operation by the first of its rules, or None"
-    ways = RULES.get(op.kind, ([],))[0]
-    found = formula(ways[0], op) if ways else None
+    found = formula(RULES[op.kind][0][0], op) if op.kind in RULES else None
     return found and found[0]
 
 
@@ -284,10 +275,24 @@ def fits(found, wanted):
     except RuntimeError: return False
 
 # %% ../nbs/75_backward_player.ipynb #c244bada
-def forward_formula(op):
-    "How the value of `op` is computed, as text"
-    for way in RULES.get(op.kind, ([],))[0]:
-        if fits(found := formula(way, op), op.out.value): return found[1]
+def fitting(ways, op, wanted):
+    "The first of some formulas that gives `wanted`, or None"
+    return next((text for text in ways if fits(formula(text, op), wanted)), None)
+
+
+def value_text(op):
+    "The formula in `RULES` that gives the value of `op`, or None"
+    return fitting(RULES.get(op.kind, ([], {}))[0], op, op.out.value)
+
+
+def gradient_text(op, i):
+    "The formula in `RULES` that gives the gradient of input `i`, or None"
+    return fitting(RULES.get(op.kind, ([], {}))[1].get('xyz'[min(i, 2)], ()), op, op.outgoing[i])
+
+
+def value_formula(op):
+    "How the value of `op` is computed, in the names of the pass"
+    if text := value_text(op): return formula(text, op)[1]
     names = [q.name if isinstance(q, Quantity) else str(q) for q in op.ins]
     if op.func == '__getitem__': return names[0] + index_text(op.args[1])
     others = [f'{a:g}' for a in op.args if isinstance(a, Number)]
@@ -303,16 +308,13 @@ def index_text(index):
 
 
 def gradient_formula(op, i):
-    "For input `i`: the gradient as text, and the local derivative as a value and as text"
-    for text, local in RULES.get(op.kind, ([], (), {}))[2].get('xyz'[min(i, 2)], ()):
-        if fits(found := formula(text, op), op.outgoing[i]):
-            return found[1], *(formula(local, op) or (None, ''))
+    "How the gradient of input `i` is computed, in the names of the pass"
+    if text := gradient_text(op, i): return formula(text, op)[1]
     if op.kind in ('Select', 'Slice', 'Index', 'Gather'):
-        return 'grad at the selected places, 0 elsewhere', None, ''
+        return 'grad at the selected places, 0 elsewhere'
     if op.kind in ('View', 'UnsafeView', 'Reshape', 'Unsqueeze', 'Squeeze', 'Clone'):
-        return 'grad in the shape of the input', None, ''
-    other = 'bwd of this layer' if op.layer is not None else f'rule of autograd for {op.kind}'
-    return other, None, ''
+        return 'grad in the shape of the input'
+    return 'bwd of this layer' if op.layer is not None else f'rule of autograd for {op.kind}'
 
 # %% ../nbs/75_backward_player.ipynb #0522f2c0
 BIGGEST = 6 # rows and columns of the largest matrix that we draw
@@ -347,6 +349,7 @@ class Script:
         "Keep a tensor to be drawn under a caption; its index"
         rows = [[v if math.isfinite(v) else str(v) for v in row] for row in as_matrix(t)]
         found = dict(name=name, shape=shape_text(t), rows=rows) # JSON has no nan and no inf
+        if not t.is_floating_point(): found['plain'] = 1 # labels are no quantities: no colour
         if found not in self.tensors: self.tensors.append(found)
         return self.tensors.index(found)
 
@@ -358,19 +361,18 @@ class Script:
 
     def arrivals(self, q):
         "Row with the gradients that arrive at `q`; if there are several, with their sum"
-        if len(q.arrived) < 2:
-            source = f' from {q.arrived[0][0].label()}' if q.arrived else ''
-            return f'Arrives{source}: grad = ∂L/∂{q.name}', [self.gradient(q)]
+        if len(q.arrived) < 2: return f'grad = ∂L/∂{q.name}', [self.gradient(q)], ''
         items = []
         for op, g in q.arrived: items += ['+', self.grid(f'from {op.label()}', g)]
-        return (f'{len(q.arrived)} gradients arrive at {q.name}. '
-                f'Their sum is grad = ∂L/∂{q.name}', [*items[1:], '=', self.gradient(q)])
+        return f'The sum is grad = ∂L/∂{q.name}', [*items[1:], '=', self.gradient(q)], ''
 
     def add(self, phase, title, say, rows, on):
-        """One step. `rows` are pairs of a text and items to draw (an index stands for a tensor);
-        `on` are the names marked in the graph, what the step is about first."""
+        """One step. Each of `rows` has a text, items to draw (an index stands for a tensor; after
+        `=` comes what the others give) and a note; `on` are the names marked in the graph, what
+        the step is about first."""
+        keys = 'text', 'items', 'note'
         self.steps.append(dict(phase=phase, title=title, say=say, on=on,
-                               rows=[dict(text=text, items=items) for text, items in rows]))
+                               rows=[dict(zip(keys, row)) for row in rows]))
 
 # %% ../nbs/75_backward_player.ipynb #0d877edc
 def listed(names):
@@ -379,6 +381,43 @@ def listed(names):
     return f'{", ".join(first)} and {last}' if first else last
 
 
+def pieces(text):
+    "Tensors and signs of a formula, if each number is a sum of products: `x`, `@`, `y.T`, `+`, `z`"
+    signs = {ast.MatMult: '@', ast.Mult: '*', ast.Add: '+'}
+    match ast.parse(text, mode='eval').body:
+        case ast.Call(ast.Attribute(value=inner, attr='sum'), [ast.Constant(value=0)]):
+            return [*pieces(ast.unparse(inner)), '.sum(0)']
+        case ast.BinOp(ast.BinOp(op=ast.MatMult()) as product, ast.Add(), last):
+            return [*pieces(ast.unparse(product)), '+', ast.unparse(last)]
+        case ast.BinOp(a, op, b) if type(op) in signs:
+            return [ast.unparse(a), signs[type(op)], ast.unparse(b)]
+    return [text]
+
+
+def worked(script, op, text, local=''):
+    "Items of a row with the pieces of a formula, then `=`; none if it has no pieces to show"
+    found = pieces(text) if text else []
+    parts = {p: formula(p, op) for p in found if p not in ('@', '*', '+', '.sum(0)')}
+    values = [value for value, _ in parts.values()]
+    matrices = 2 if '@' in found else 1 if '.sum(0)' in found else 0 # so many must have rows
+    if len(found) < 2 or any(v.ndim != 2 for v in values[:matrices]) or \
+       any(v.ndim > 2 for v in values): return []
+    def item(p):
+        if p not in parts: return p
+        value, shown = parts[p]
+        return script.grid(shown if 'grad' in p else local + shown, value)
+    return [*map(item, found), '=']
+
+
+def parts_row(script, op, text):
+    "Row with the softmax and the one-hot labels in a formula"
+    calls = [n for n in ast.walk(ast.parse(text or '0')) if isinstance(n, ast.Call)]
+    found = [formula(ast.unparse(n), op) for n in calls
+             if isinstance(n.func, ast.Name) and n.func.id in ('softmax', 'one_hot')]
+    items = [script.grid(shown, value) for value, shown in found]
+    return [('Parts of the formula', items, '')] if items else []
+
+# %% ../nbs/75_backward_player.ipynb #f610aaee
 def start_step(script, recorded):
     "Step 0: what goes in"
     groups = [('Input and target', [q for q in recorded.leaves if q.kind != 'parameter']),
@@ -386,78 +425,83 @@ def start_step(script, recorded):
     script.add('start', 'What goes in', f'The forward pass has {len(recorded.ops)} operations. '
                'Each computes one value from the values above it in the graph, down to the loss. '
                'The backward pass returns to the top and computes the gradients.',
-               [(text, [script.value(q) for q in group]) for text, group in groups if group],
+               [(text, [script.value(q) for q in group], '') for text, group in groups if group],
                ['', *(q.name for q in recorded.leaves)])
-
-
-def parts_row(script, op):
-    "Row with parts of the formula that are worth a look, such as `softmax(out)`"
-    found = [formula(part, op) for part in RULES.get(op.kind, ((), ()))[1]]
-    items = [script.grid(f[1], f[0]) for f in found if f]
-    return [('Parts of the formula', items)] if items else []
 
 
 def forward_step(script, op):
     "One operation of the forward pass: formula, inputs, value"
-    names = [q.name for q in op.ins if isinstance(q, Quantity)]
+    names, text = [q.name for q in op.ins if isinstance(q, Quantity)], value_text(op)
     shape = '' if op.out.value is None else f' of shape {shape_text(op.out.value)}'
-    rows = [(f'{op.out.name} = {forward_formula(op)}',
-             [*map(script.value, op.ins), '→', script.value(op.out)])]
+    items = worked(script, op, text) or [*map(script.value, op.ins), '→']
     script.add('forward', f'{op.kind} computes {op.out.name}', f'{op.kind} takes {listed(names)} '
                f'and computes {op.out.name}{shape}.',
-               [*rows, *parts_row(script, op)], [op.out.name, *names])
+               [(f'{op.out.name} = {value_formula(op)}', [*items, script.value(op.out)], ''),
+                *parts_row(script, op, text)], [op.out.name, *names])
 
 # %% ../nbs/75_backward_player.ipynb #e8370c09
+def sum_note(op, q, text):
+    "What the sum in a matrix product or in `.sum(0)` runs over"
+    found = pieces(text or '0')
+    if '.sum(0)' in found or found[0] != 'grad' and '@' in found:
+        return f'Every example uses {q.name}: each number is a sum over the examples.'
+    if '@' in found:
+        return f'Every column of {op.out.name} uses {q.name}: each number is a sum over columns.'
+    return 'The local derivative is 1.' if text == 'grad' else ''
+
+
 def gradient_row(script, op, i):
-    "Row for input `i` of `op`: the local derivative, and the gradient that goes to this input"
-    q = op.ins[i]
-    text, local, local_text = gradient_formula(op, i)
+    "Row for input `i` of `op`: grad, the local derivative, and the gradient for this input"
+    q, text = op.ins[i], gradient_text(op, i)
     what = f'part of ∂L/∂{q.name}' if len(q.arrived) > 1 else f'∂L/∂{q.name}'
-    items = [script.grid(what, op.outgoing[i])]
-    if local is not None and local.numel() == 1:
-        items = [f'local derivative {local_text}', '→', *items]
-    elif local is not None:
-        items = [script.grid(f'local derivative {local_text}', local), '→', *items]
-    return f'{what} = {text}', items
+    items = worked(script, op, text, 'local derivative ')
+    return (f'{what} = {gradient_formula(op, i)}', [*items, script.grid(what, op.outgoing[i])],
+            sum_note(op, q, text))
+
+
+def times(k): return 'twice' if k == 2 else f'{k} times'
 
 
 def backward_step(script, op):
     "One operation of the backward pass: the gradient that arrives and those that it sends on"
-    sent = [i for i, g in enumerate(op.outgoing) if g is not None]
-    names, k = [op.ins[i].name for i in sent], len(op.out.arrived)
-    sources = listed(source.label() for source, _ in op.out.arrived) if k else ''
-    arrives = f'{k} gradients arrive at {op.out.name} and are added: from {sources}' if k > 1 else \
-              f'The gradient of the loss with respect to {op.out.name} arrives' + (
-              f' from {sources}' if k else '')
-    script.add('backward', f'{op.kind} sends gradients to {listed(names)}',
-               f'{arrives}. {op.kind} applies the chain rule: grad, combined with the local '
-               f'derivative, gives the gradient for {listed(names)}.',
-               [script.arrivals(op.out), *parts_row(script, op),
-                *(gradient_row(script, op, i) for i in sent)],
-               [op.out.name, *names])
+    sent, q = [i for i, g in enumerate(op.outgoing) if g is not None], op.out
+    names, sources = [op.ins[i].name for i in sent], [s.label() for s, _ in q.arrived]
+    given = [p.name for p in op.ins if isinstance(p, Quantity) and p.kind == 'constant']
+    say = f'grad = ∂L/∂{q.name} arrives' + (f' from {sources[0]}.' if sources else '.')
+    if len(sources) > 1:
+        say = (f'{q.name} is used {times(len(sources))}; its effects on the loss add up. '
+               f'So the gradients from {listed(sources)} are added.')
+    say += f' The chain rule combines grad with the local derivative for {listed(names)}.'
+    if given: say += f' {listed(given)} is given and stays as it is: it gets no gradient.'
+    rows = [gradient_row(script, op, i) for i in sent]
+    shown = len(sources) < 2 and all('=' in items for _, items, _ in rows) # with grad in each
+    script.add('backward', f'{op.kind} sends gradients to {listed(names)}', say,
+               [*([] if shown else [script.arrivals(q)]),
+                *parts_row(script, op, gradient_text(op, sent[0])), *rows], [q.name, *names])
 
 # %% ../nbs/75_backward_player.ipynb #54c6f7a4
 def seed_step(script, loss):
     "The first gradient"
-    script.add('backward', 'The backward pass starts with 1', 'The gradient of the loss with '
-               'respect to itself is 1. Every other gradient is computed from this number.',
-               [(f'∂L/∂{loss.name} = 1', [script.gradient(loss)])], [loss.name])
+    script.add('backward', 'The backward pass starts with 1', 'L is the loss. ∂L/∂w, the gradient '
+               'with respect to w, says how much L grows if w grows a little. For L itself it is '
+               '1. Every other gradient is computed from this number.',
+               [(f'∂L/∂{loss.name} = 1', [script.gradient(loss)], '')], [loss.name])
 
 
 def sum_step(script, q):
     "A leaf that was used several times"
-    k = len(q.arrived)
-    script.add('backward', f'The gradients at {q.name} are added', f'{q.name} was used {k} times, '
-               f'so {k} gradients arrive. Their sum is the gradient with respect to {q.name}.',
+    script.add('backward', f'The gradients at {q.name} are added', f'{q.name} is used '
+               f'{times(len(q.arrived))}; its effects on the loss add up.',
                [script.arrivals(q)], [q.name, *(op.out.name for op, _ in q.arrived)])
 
 
 def end_step(script, recorded):
     "The last step: what autograd leaves in `.grad`"
     leaves = [q for q in recorded.leaves if q.grad is not None]
+    items = [[script.value(q), script.gradient(q)] for q in leaves]
     script.add('end', 'What comes out', f'{listed(q.name for q in leaves)} have their gradients. '
                'Each has the shape of its tensor.',
-               [(q.name, [script.value(q), script.gradient(q)]) for q in leaves],
+               [('Each tensor with its gradient', sum(items, []), '')],
                ['', *(q.name for q in leaves)])
 
 
@@ -559,40 +603,41 @@ def graph_svg(recorded):
 
 # %% ../nbs/75_backward_player.ipynb #bd2e47f0
 def number_text(v):
-    "A number in at most eight characters, with a real minus sign"
+    "A number with three digits (whole ones up to 1e5 with all), and with a real minus sign"
     whole = math.isfinite(v) and v == int(v) and abs(v) < 1e5
-    text = str(int(v)) if whole else f'{v:.3g}'
-    if 'e' in text or 0 < abs(v) < .001:
-        text = re.sub(r'e([+-])0', r'e\1', f'{v:.1e}').replace('e+', 'e')
+    text = str(int(v)) if whole else f'{v:#.3g}'.rstrip('.')
+    if 'e' in text or not whole and abs(v) < .001:
+        text = re.sub(r'e([+-])0', r'e\1', f'{v:.2e}').replace('e+', 'e')
     return text.replace('-', '−')
 
 
-def svg_grid(t, x, y):
-    "A tensor as a grid of coloured numbers with its corner at `(x, y)`, and its width and height"
+def svg_grid(t, x):
+    "A tensor as a grid of coloured numbers, `x` to the right, and its width and height"
     rows, parts = as_matrix(t), []
     most = max([abs(v) for row in rows for v in row if math.isfinite(v)], default=0) or 1
+    colour = .6 if t.is_floating_point() else 0 # labels have none
     for r, row in enumerate(rows):
         for c, v in enumerate(row):
-            strength = min(1, abs(v) / most) * .6 if v == v else 1
-            parts.append(f'<rect x="{x + 57*c}" y="{y + 22*r}" width="55" height="20" '
+            strength = min(1, abs(v) / most) * colour if v == v else 1
+            parts.append(f'<rect x="{x + 57*c}" y="{38 + 22*r}" width="55" height="20" '
                          f'fill="{"#e66101" if v > 0 else "#2166ac"}" opacity="{strength:.2f}"/>'
-                         f'<text x="{x + 57*c + 27}" y="{y + 22*r + 14}" text-anchor="middle">'
+                         f'<text x="{x + 57*c + 27}" y="{52 + 22*r}" text-anchor="middle">'
                          f'{number_text(v)}</text>')
     return ''.join(parts), 57 * len(rows[0]), 22 * len(rows)
 
 
-def block(q, source, x, y):
+def block(q, source):
     "A quantity with its value and its gradient side by side, and the width and height of both"
     title = f'{q.name} {shape_text(q.value)}{source}'
-    value, wide, high = svg_grid(q.value, x, y + 38)
-    parts = [f'<text x="{x}" y="{y + 13}" font-weight="bold">{html.escape(title)}'
-             f'</text><text x="{x}" y="{y + 30}">value</text>{value}']
+    value, wide, high = svg_grid(q.value, 0)
+    drawn = (f'<text y="13" font-weight="bold">{html.escape(title)}</text>'
+             f'<text y="30">value</text>{value}')
     if q.grad is not None:
-        at = x + max(wide, 57) + 14
-        grad, more, _ = svg_grid(q.grad, at, y + 38)
-        parts.append(f'<text x="{at}" y="{y + 30}">gradient</text>{grad}')
-        wide = at - x + max(more, 62)
-    return ''.join(parts), max(wide, 7 * len(title)), high + 38
+        at = max(wide, 57) + 14
+        grad, more, _ = svg_grid(q.grad, at)
+        drawn += f'<text x="{at}" y="30">gradient</text>{grad}'
+        wide = at + max(more, 62)
+    return drawn, max(wide, 7 * len(title)), high + 38
 
 
 def picture_svg(recorded, width=880):
@@ -601,10 +646,9 @@ def picture_svg(recorded, width=880):
     shown = [(q, '') for q in recorded.leaves]
     for q, source in [*shown, *((op.out, f' = {op.kind}') for op in recorded.ops)]:
         if q.value is None: continue
-        wide = block(q, source, x, y)[1]
+        drawn, wide, high = block(q, source)
         if x > 12 and x + wide > width: x, y, line = 12, y + line + 18, 0
-        drawn, wide, high = block(q, source, x, y)
-        parts.append(drawn)
+        parts.append(f'<g transform="translate({x} {y})">{drawn}</g>')
         x, line = x + wide + 34, max(line, high)
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y + line + 12}" '
             f'width="{width}" font-family="monospace" font-size="11" fill="#111">'
@@ -617,7 +661,7 @@ CSS = '''
 @media (prefers-color-scheme: dark) { :root { --page: #14161a; --text: #ececec; --soft: #ababab;
   --line: #5c626b; --box: #23272e; --value: #7ab8f5; --gradient: #ff9f5a } }
 * { box-sizing: border-box }
-body { margin: 0; padding: 12px; background: var(--page); color: var(--text);
+body { margin: 0; padding: 8px 12px; background: var(--page); color: var(--text);
   font: 15px/1.45 system-ui, sans-serif }
 .bar { display: flex; flex-wrap: wrap; gap: 6px; align-items: center; position: sticky; top: 0;
   z-index: 1; background: var(--page); padding: 4px 0 8px }
@@ -635,22 +679,24 @@ output { min-width: 5.5em; text-align: right; font-variant-numeric: tabular-nums
 h1 { font-size: 1.2rem; margin: 2px 0 4px }
 h1 small { display: block; font-size: .8rem; font-weight: 600; color: var(--soft) }
 .forward h1 small { color: var(--value) } .backward h1 small { color: var(--gradient) }
-p { margin: 0 0 10px } .keys { margin-top: 14px; color: var(--soft) }
-h2 { font: 600 .92rem/1.4 ui-monospace, monospace; margin: 14px 0 4px; overflow-wrap: anywhere }
+p { margin: 0 0 6px } .keys { margin: 8px 0 0; line-height: 1.25; color: var(--soft) }
+h2 { font: 600 .92rem/1.4 ui-monospace, monospace; margin: 12px 0 2px; overflow-wrap: anywhere }
 .row { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: flex-start }
+.note, .how { font-size: .85rem; margin: 0 } .how { overflow-wrap: anywhere }
 .row > span { margin-top: 1.5rem } figure { margin: 0; max-width: 100% }
 table { border-spacing: 2px; margin-left: -2px }
 figcaption { font-size: .8rem; color: var(--soft); max-width: 24em; overflow-wrap: anywhere }
-td { min-width: 3.1em; padding: 3px 4px; text-align: right; border-radius: 3px;
+td { min-width: 3.1em; padding: 2px 4px; text-align: right; border-radius: 3px;
   font: .8rem ui-monospace, monospace; font-variant-numeric: tabular-nums }
 td.plus { background: rgb(var(--plus) / var(--a)) }
 td.minus { background: rgb(var(--minus) / var(--a)) }
 td.zero { outline: 1px solid var(--line); outline-offset: -1px }
+td[tabindex] { cursor: pointer } td.used { outline: 2px solid; outline-offset: -2px }
 @media (max-width: 699px) {
   input { flex-basis: 100%; order: 1 } output { flex: 1 } figcaption { max-width: 11em }
   .both { flex-direction: column; gap: 8px } .step { width: 100% }
   .graph { max-height: 190px; width: 100%; overflow-y: auto; border: 1px solid var(--line);
-    border-radius: 6px } td { min-width: 2.7em; padding: 3px 2px; font-size: .72rem } }
+    border-radius: 6px } td { min-width: 2.7em; padding: 3px 2px; font-size: .7rem } }
 '''
 GRAPH_CSS = '''
 .graph text { font: 12px ui-monospace, monospace; fill: var(--text); text-anchor: middle }
@@ -666,7 +712,6 @@ rect { fill: var(--box); stroke: var(--line) } .leaf rect { fill: var(--page) }
 .came { stroke: var(--gradient); stroke-dasharray: 4 3; marker-start: url(#up) }
 @media (prefers-reduced-motion: no-preference) {
   rect, .edge { transition: stroke .2s, stroke-width .2s } }
-@media print { .bar { display: none } }
 '''
 
 # %% ../nbs/75_backward_player.ipynb #b16254fb
@@ -678,9 +723,8 @@ const make = (tag, text = '', name = '') =>
 
 function numberText(v) {
   if (typeof v === 'string') return v
-  const a = Math.abs(v), short = a && (a < .001 || a >= 999.5)
-  const text = short && !(a < 1e5 && Number.isInteger(v)) ? v.toExponential(1).replace('e+', 'e')
-    : String(short ? v : +v.toPrecision(3))
+  const a = Math.abs(v), text = Number.isInteger(v) && a < 1e5 ? String(v)
+    : a < .001 || a >= 999.5 ? v.toExponential(2).replace('e+', 'e') : v.toPrecision(3)
   return text.replaceAll('-', '−')
 }
 
@@ -690,7 +734,8 @@ function table(t) {
   for (const row of t.rows) {
     const tr = box.insertRow()
     for (const v of row) {
-      const td = make('td', numberText(v), v > 0 ? 'plus' : v < 0 ? 'minus' : 'zero')
+      const sign = t.plain ? '' : v > 0 ? 'plus' : v < 0 ? 'minus' : 'zero'
+      const td = make('td', numberText(v), sign)
       td.style.setProperty('--a', (.12 + .5 * Math.abs(v) / most).toFixed(2))
       tr.append(td)
     }
@@ -700,15 +745,53 @@ function table(t) {
   figure.firstChild.setAttribute('aria-hidden', 'true') // the table has this name already
   return figure
 }
+'''
 
-function rows(step) {
-  return step.rows.flatMap(({text, items}) => {
-    const row = make('div', '', 'row')
-    row.append(...items.map(i => typeof i === 'number' ? table(data.tensors[i]) : make('span', i)))
-    return [make('h2', text), row]
-  })
+# %% ../nbs/75_backward_player.ipynb #f0e9de3d
+WHY_JS = '''
+// A list of products whose sum is the result's number in row r and column c; a factor is
+// [which tensor, row, column]
+function products(tensors, items, r, c) {
+  const all = (i, j) => tensors.map((_, k) => [k, i, j]), [first] = tensors
+  if (items.includes('@')) return [...first.rows[0].map((_, k) => [[0, r, k], [1, k, c]]),
+    ...all(r, c).slice(2).map(p => [p])]
+  if (items.includes('.sum(0)')) return first.rows.map((_, i) => all(i, c))
+  return items.includes('*') ? [all(r, c)] : all(r, c).map(p => [p])
+}
+
+function explain(items, row) {
+  const tensors = items.filter(i => typeof i === 'number').map(i => data.tensors[i])
+  const result = tensors.pop(), line = make('p', '', 'how'), tables = row.querySelectorAll('table')
+  function choose(td) {
+    const r = td.parentNode.rowIndex, c = td.cellIndex
+    for (const e of row.querySelectorAll('.used')) e.classList.remove('used')
+    td.classList.add('used')
+    const factor = ([k, i, j]) => {
+      const {rows} = tensors[k], m = i % rows.length, n = j % rows[0].length // if it is repeated
+      tables[k].rows[m].cells[n].classList.add('used')
+      return rows[m][n] < 0 ? `(${numberText(rows[m][n])})` : numberText(rows[m][n])
+    }
+    const sum = products(tensors, items, r, c).map(p => p.map(factor).join('·')).join(' + ')
+    line.textContent = `Row ${r + 1}, column ${c + 1}: ${sum} = ${numberText(result.rows[r][c])}`
+  }
+  const cells = [...tables[tensors.length].querySelectorAll('td')]
+  for (const td of cells) {
+    td.tabIndex = td === cells[0] ? 0 : -1
+    td.addEventListener('focus', () => { choose(td); find('#live').textContent = line.textContent })
+  }
+  choose(cells[0])
+  return line
+}
+
+function drawRow({text, items, note}) {
+  const row = make('div', '', 'row')
+  row.append(...items.map(i => typeof i === 'number' ? table(data.tensors[i]) : make('span', i)))
+  return [make('h2', text), ...note ? [make('p', note, 'note')] : [], row,
+    ...items.at(-2) === '=' ? [explain(items, row)] : []]
 }
 '''
+
+# %% ../nbs/75_backward_player.ipynb #1958fbaa
 MARK_JS = '''
 let at = 0, timer = 0
 const calm = matchMedia('(prefers-reduced-motion: reduce)')
@@ -744,7 +827,7 @@ function show(i) {
   find('main').className = step.phase
   find('h1').replaceChildren(make('small', phase), step.title)
   find('#say').textContent = step.say
-  find('#rows').replaceChildren(...rows(step))
+  find('#rows').replaceChildren(...step.rows.flatMap(drawRow))
   find('output').textContent = `${at} of ${last}`
   const slider = find('input')
   slider.value = at
@@ -765,11 +848,16 @@ function play(on) {
 const moves = {ArrowRight: () => at + 1, ArrowLeft: () => at - 1, ArrowDown: () => at + 1,
   ArrowUp: () => at - 1, Home: () => 0, End: () => last}
 const go = i => { play(false); show(i) }
+function nextCell(td, by) { // elsewhere up and down scroll, except on the slider
+  const cells = [...td.closest('table').querySelectorAll('td')]
+  cells[cells.indexOf(td) + by]?.focus()
+}
 const space = () => calm.matches ? go(at + 1) : play(!timer)
 addEventListener('keydown', e => {
   if (e.ctrlKey || e.altKey || e.metaKey || e.shiftKey) return
-  const upDown = e.key === 'ArrowUp' || e.key === 'ArrowDown' // they scroll, except on the slider
-  if (moves[e.key] && (!upDown || e.target.matches('input'))) go(moves[e.key]())
+  const upDown = e.key === 'ArrowUp' ? -1 : e.key === 'ArrowDown' ? 1 : 0
+  if (upDown && e.target.matches('td')) nextCell(e.target, upDown)
+  else if (moves[e.key] && (!upDown || e.target.matches('input'))) go(moves[e.key]())
   else if (e.key === ' ' && !e.target.matches('button')) space()
   else return
   e.preventDefault()
@@ -793,8 +881,9 @@ PAGE = '''<!doctype html>
 <main class="start"><div class="both"><div class="graph" tabindex="-1">{graph}</div>
 <div class="step"><h1>{title}</h1><p id="say">{say}</p><div id="rows"></div>
 <noscript>The steps need JavaScript.</noscript></div></div></main>
-<p class="keys"><small>Keys: left and right arrow, Home, End; space plays. Orange is positive,
-blue is negative; the strongest colour is the largest number of a tensor.</small></p>
+<p class="keys"><small>Keys: left and right arrow, Home, End; space plays. After =, click a
+number, or use Tab, then up and down, to see the sum that it is. Orange is positive, blue is
+negative; the strongest colour is the largest number of a tensor.</small></p>
 <div id="live" aria-live="polite" style="position:absolute;left:-999em"></div></div>
 <script type="application/json" id="data">{data}</script><script>{js}</script></body></html>
 '''
@@ -812,7 +901,7 @@ def page(recorded):
                       for key, (label, d) in ICONS.items())
     data = json.dumps(dict(tensors=script.tensors, steps=script.steps), ensure_ascii=False,
                       separators=(',', ':')).replace('<', '\\u003c')
-    return PAGE.format(css=CSS + GRAPH_CSS, js=DRAW_JS + MARK_JS + PLAY_JS, data=data,
+    return PAGE.format(css=CSS + GRAPH_CSS, js=DRAW_JS + WHY_JS + MARK_JS + PLAY_JS, data=data,
                        buttons=buttons, graph=graph_svg(recorded), last=len(script.steps) - 1,
                        title=script.steps[0]['title'], say=html.escape(script.steps[0]['say']))
 

@@ -97,7 +97,7 @@ def _bar(learn, page):
     form = dict(file=io.StringIO(), ncols=90, ascii=False) if page else dict(dynamic_ncols=True)
     bar = tqdm(desc=f'epoch {learn.epoch}/{learn.epochs}', total=total or None, unit='batch',
                initial=learn.batches_done, leave=False, delay=1, **form)
-    bar.delay = 0 # created without being drawn, so that after Ctrl-C there is a bar to close
+    bar.delay = 0 # `delay=1` kept tqdm from drawing before there was a bar that Ctrl-C can close
     return bar
 
 # %% ../nbs/07_progress.ipynb #949390ec

@@ -495,6 +495,7 @@ def test_tensors_inside_a_list_raise():
         def bwd(self, grad, out, xs): return None
     for xs in ([torch.ones(1)], (torch.ones(1),), {'a': torch.ones(1)}):
         with pytest.raises(TypeError, match='Concat: pass each tensor as an argument of its own'): Concat()(xs)
+        with pytest.raises(TypeError, match='Concat: pass each tensor as an argument of its own'): Concat()(torch.ones(1), xs)
 
 
 def test_a_wrong_shape_raises_in_torch():
