@@ -139,6 +139,7 @@ def test_ways_to_store_a_picture(tmp_path):
 def test_cut_out_of_a_page():
     "At full resolution, with a margin of half the size of what is written, and not beyond the page"
     page = np.full((1500, 2000), 250, np.uint8); page[600:700, 1000:1060] = 20
+    page[100:120, 100:120] = 200  # a pale spot, less than half as dark
     img = crop_to_ink(Image.fromarray(page))
     cut = np.asarray(img)
     rows, cols = (np.flatnonzero((cut < 100).any(d)) for d in (1, 0))
