@@ -138,7 +138,7 @@ def test_help_and_version(tmp_path):
     help = ' '.join(train('-h', cwd=tmp_path).stdout.split())
     for option in 'data sample epochs bs lr hidden engine seed threads out overwrite resume version'.split(): assert f'--{option}' in help
     assert help.count('(default: ') == 10
-    code = 'import sys, miniai.cli; print([m for m in ("torch", "numpy", "matplotlib") if m in sys.modules])'
+    code = 'import sys, miniai.cli; print([m for m in ("torch", "numpy", "matplotlib", "PIL", "safetensors") if m in sys.modules])'
     done = subprocess.run([sys.executable, '-c', code],
                           env=ENV, capture_output=True, text=True)
     assert done.stdout == '[]\n'
@@ -545,58 +545,6 @@ def test_threads(tmp_path, monkeypatch):
         assert status == 0 and f'threads {n}\n' in out and metrics_of('run')['arguments']['threads'] == n
 
 
-def as_photo(x, rng, scale=10, noise=8):
-    "Black on white, larger, off centre, on paper that is brighter on one side"
-    size = 28*scale + 40
-    ink = np.zeros((size, size))
-    top, left = rng.integers(0, 41, 2)
-    large = Image.fromarray(bytes_of(x)).resize((28*scale,)*2, Image.Resampling.BICUBIC)
-    ink[top:top + 28*scale, left:left + 28*scale] = np.asarray(large)/255
-    y, x = np.mgrid[-1:1:size*1j, -1:1:size*1j]
-    paper = 185 + rng.uniform(-25, 25)*x + rng.uniform(-25, 25)*y - 12*(x*x + y*y)
-    return Image.fromarray((paper*(1 - .75*ink) + rng.normal(0, noise, ink.shape)).clip(0, 255).astype(np.uint8))
-
-
-def on_page(x, size, page=(2000, 1500), dark=True, noise=0, seed=0):
-    "A small digit somewhere on a large page"
-    rng = np.random.default_rng(seed)
-    ink = np.zeros(page[::-1])
-    top, left = (rng.integers(0, n - size) for n in page[::-1])
-    ink[top:top + size, left:left + size] = np.asarray(Image.fromarray(bytes_of(x)).resize((size, size), Image.Resampling.BICUBIC))/255
-    grey = 250*(1 - ink) if dark else 10 + 240*ink
-    return Image.fromarray((grey + rng.normal(0, noise, grey.shape)).clip(0, 255).astype(np.uint8))
-
-
-def on_grey(x, ground, ink=255, side=28):
-    "A digit of 28x28 pixels, or enlarged, on grey"
-    grey = ground + (ink - ground)*(bytes_of(x)/255)
-    return Image.fromarray(grey.round().astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-
-
-KINDS = {'as_is': lambda x, rng: Image.fromarray(bytes_of(x)), 'inverted': lambda x, rng: on_grey(x, 255, 0),
-         'large': lambda x, rng: on_grey(x, 255, 0, 280).convert('RGB'), 'photo.png': as_photo, 'photo.jpg': as_photo,
-         'noisy': lambda x, rng: as_photo(x, rng, noise=25),
-         'grey 20': lambda x, rng: on_grey(x, 20), 'grey 60': lambda x, rng: on_grey(x, 60), 'grey 180': lambda x, rng: on_grey(x, 180),
-         'dark on grey 60': lambda x, rng: on_grey(x, 60, 0), 'dark on grey 120': lambda x, rng: on_grey(x, 120, 0),
-         'grey, enlarged': lambda x, rng: on_grey(x, 60, 255, 280),
-         'page 140': lambda x, rng: on_page(x, 140), 'page 60': lambda x, rng: on_page(x, 60, seed=1),
-         'page 140, noise': lambda x, rng: on_page(x, 140, noise=10, seed=2),
-         'page 140, bright on dark': lambda x, rng: on_page(x, 140, dark=False), 'long page': lambda x, rng: on_page(x, 100, (3000, 300))}
-
-
-@pytest.mark.parametrize('kind', KINDS)
-def test_reads_digits(net, tmp_path, kind):
-    "Nearly as well as the data set's own images"
-    x, y = mnist(sample=True).test
-    rng, model = np.random.default_rng(0), cli.load_net(net/'weights.safetensors')[0]
-    name = tmp_path/f'd.{"jpg" if "jpg" in kind else "png"}'
-    found = []
-    for k in range(40):
-        KINDS[kind](x[k], rng).save(name)
-        found.append(cli.probabilities(model, cli.prepare_image(cli.read_image(name))[None]).argmax().item())
-    assert (np.array(found) == y[:40].numpy()).mean() >= .9
-
-
 def test_predicts_in_a_process(tmp_path, net):
     x, y = mnist(sample=True).test
     names = [f'{k}.png' for k in range(10)]
@@ -607,72 +555,6 @@ def test_predicts_in_a_process(tmp_path, net):
     probs = cli.probabilities(cli.load_net(net/'weights.safetensors')[0], x[:10])
     assert [m[2] for m in lines] == [str(k) for k in probs.argmax(1).tolist()]
     assert [m[3] for m in lines] == [f'{p:.2f}' for p in probs.amax(1)]
-
-
-def test_prepared_images():
-    x = mnist(sample=True).test.x
-    rng = np.random.default_rng(1)
-    photos = [as_photo(t, rng) for t in x[:10]]
-    torch.testing.assert_close(cli.prepare_image(Image.fromarray(bytes_of(x[0]))), x[0], rtol=0, atol=0)  # already in the right form
-    prepared = torch.stack([cli.prepare_image(im) for im in photos])
-    assert prepared.dtype == torch.float32 and prepared.shape == (10, 784) and prepared.max() == 255/256 and prepared.min() == 0
-    assert ((prepared*256).round() == prepared*256).all() and (prepared - x[:10]).abs().mean() < .03
-    for side in 20, 28:
-        for im in photos:
-            inked = (cli.prepare_image(im, side).view(28, 28) > .5).nonzero()
-            assert (inked.amax(0) - inked.amin(0) + 1).max() in (side - 1, side, side + 1)
-    faint = Image.fromarray((200 + rng.normal(0, 12, (200, 150))).astype(np.uint8))
-    pale = Image.fromarray(np.uint8(200 - 8*(np.asarray(photos[0]) < 90)))
-    shades = [Image.new('L', (28, 28), grey) for grey in (0, 1, 127, 128, 255)]
-    for img in Image.new('L', (200, 150), 230), faint, pale, Image.new('L', (1, 1)), *shades:
-        with pytest.raises(ValueError, match='nothing is written'): cli.prepare_image(img)
-
-
-def test_steps_of_preparing():
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[-1:1:90j, -1:1:120j]
-    paper = 180 + 30*x - 20*y - 15*x*x + 10*x*y - 5*y*y
-    written = np.zeros((90, 120)); written[30:60, 50:58] = 100
-    for sign in 1, -1:  # bright ink, dark ink
-        ink, noise = cli.find_ink(paper + sign*written)
-        assert abs(ink - written).max() < .01 and noise < .01
-        ink, noise = cli.find_ink(paper + sign*written + rng.normal(0, 5, paper.shape))
-        assert abs(ink - written).mean() < 5 and 4.5 < noise < 5.5
-    low, high = rng.normal(10, 2, 5000), rng.normal(60, 5, 300)
-    assert low.max() < cli.otsu(np.concatenate([low, high])) <= high.min() + .3
-    some, tried = rng.uniform(0, 100, 1000)**2/100, np.linspace(1, 99, 393)  # no peaks: the smallest variance within the groups
-    within = [(some <= c).sum()*some[some <= c].var() + (some > c).sum()*some[some > c].var() for c in tried]
-    assert abs(cli.otsu(some) - tried[np.argmin(within)]) < 2
-    spots = np.argwhere(cli.centre_ink(np.ones((60, 15))) > 127)
-    assert (spots.min(0).tolist(), spots.max(0).tolist()) == ([4, 12], [23, 16])
-    heavy = np.zeros((40, 40)); heavy[:, :4] = heavy[:4] = heavy[30:] = 1
-    spots = np.argwhere(cli.centre_ink(heavy) > 127)
-    assert (spots.max(0) - spots.min(0) + 1).tolist() == [20, 20] and cli.centre_ink(heavy).max() == 255
-    far = np.ones((100, 100))*.02; far[:3, :3] = 1; far[-1] = 1; far[-1, -30:] = 5  # a heavy edge: the digit still stays inside
-    assert cli.centre_ink(far, side=28).shape == (28, 28)
-    assert cli.centre_ink(np.ones((300, 2))).sum(0).argmax() in (13, 14)  # a thin line: one pixel wide, not zero
-
-
-def test_ways_to_store_a_picture(tmp_path):
-    x, y = mnist(sample=True).test
-    seven = bytes_of(x[y == 7][0])
-    def written(img, name='p.png', **kw):
-        img.save(tmp_path/name, **kw)
-        return np.asarray(cli.read_image(tmp_path/name)).astype(int)
-    for mode in 'L', 'RGB', 'RGBA', 'P': assert (written(Image.fromarray(seven).convert(mode)) == seven).all()
-    assert (written(Image.fromarray(seven.astype(np.uint16)*257)) == seven).all()
-    clear = Image.merge('LA', (Image.new('L', (28, 28), 0), Image.fromarray(seven)))  # black ink on a transparent ground
-    assert abs(written(clear) - (255 - seven.astype(int))).max() <= 1
-    turned = Image.Exif(); turned[0x112] = 6  # held upright: rotate by 90 degrees
-    assert (written(Image.fromarray(np.rot90(seven)), exif=turned) == seven).all()
-    (tmp_path/'text.png').write_text('hello')
-    (tmp_path/'half.png').write_bytes((tmp_path/'p.png').read_bytes()[:100])
-    Image.new('L', (9, 9)).save(tmp_path/'p.gif')
-    Image.new('1', (10_000, 10_000)).save(tmp_path/'huge.png')
-    for name in 'text.png', 'half.png', 'p.gif', 'huge.png':
-        with pytest.raises(ValueError, match='not a readable PNG or JPEG'): cli.read_image(tmp_path/name)
-    for name in 'nothing.png', '.':
-        with pytest.raises(ValueError, match='no such file'): cli.read_image(tmp_path/name)
 
 
 def test_report():
@@ -747,6 +629,22 @@ def test_saved_and_loaded(tmp_path):
         with pytest.raises(ValueError, match='not a safetensors file'): cli.load_net(tmp_path/'w')
     for absent in tmp_path/'nothing', tmp_path:
         with pytest.raises(FileNotFoundError, match='no such file'): cli.load_net(absent)
+
+
+@pytest.mark.parametrize('data, side', [('mnist', 20), ('fashion_mnist', 28), ('runes', 20)])
+def test_clothes_fill_the_picture_and_digits_do_not(tmp_path, monkeypatch, data, side):
+    "A large picture is scaled as the data set of the weights is"
+    import miniai.photos
+    net, sides, prepare = cli.make_net(3), [], miniai.photos.prepare_image
+    def noted(img, side):
+        sides.append((img.size, side))
+        return prepare(img, side)
+    monkeypatch.setattr(miniai.photos, 'prepare_image', noted)
+    monkeypatch.chdir(tmp_path)
+    cli.save_run(tmp_path, net, {'data': data, 'epochs': []})
+    Image.fromarray(255 - bytes_of(mnist(sample=True).test.x[0])).resize((280, 200)).save('large.png')
+    status, out, err = call('weights.safetensors', 'large.png', command='miniai_predict')
+    assert (status, err, sides) == (0, '', [((280, 200), side)]) and out.startswith('large.png: ')
 
 
 def test_bad_pictures_are_named_and_skipped(tmp_path, net):
