@@ -97,7 +97,7 @@ def _bar(learn, page):
     form = dict(file=io.StringIO(), ncols=90, ascii=False) if page else dict(dynamic_ncols=True)
     bar = tqdm(desc=f'epoch {learn.epoch}/{learn.epochs}', total=total or None, unit='batch',
                initial=learn.batches_done, leave=False, delay=1, **form)
-    bar.delay = 0 # until here nothing was drawn that a Ctrl-C could leave behind
+    bar.delay = 0 # `delay=1`: it was made without being drawn; now it may draw
     return bar
 
 # %% ../nbs/07_progress.ipynb #949390ec
@@ -145,7 +145,7 @@ class ProgressCB(Callback):
 
     def cleanup_epoch(self, learn):
         if self._bar is None: return
-        self._bar.refresh() # a bar that Ctrl-C cut off is drawn in full, so that `close` can erase it
+        self._bar.refresh() # if Ctrl-C cut it off, draw it in full, so that `close` can erase it
         self._bar.close()
         if self._page: self._page.show(self._table.lines)
         self._bar = None
