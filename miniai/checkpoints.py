@@ -254,7 +254,7 @@ class CheckpointCB(_Numbered):
     Ctrl-C or SIGTERM saves after the running batch and ends the fit; a second Ctrl-C acts at once.
     `OSError` if a checkpoint cannot be written, `FloatingPointError` if weights or losses are not
     finite: the last good one stays. The newest one holds the final weights, also after early
-    stopping. Give it and other callbacks to the learner: those of `fit` are lost in a restart."""
+    stopping. Give it to the learner, with the other callbacks whose state counts."""
     order = 3000 # after all others, so that it saves their state
 
     def before_fit(self, learn):
@@ -281,7 +281,7 @@ class CheckpointCB(_Numbered):
             raise CancelFit
         self._found = None
 
-    def before_train(self, learn): self._new, self._skipped = True, 0
+    def before_train(self, learn): self._new, self._skipped = True, 0 # batches that were cancelled
 
     def after_batch(self, learn):
         if not learn.training: return
@@ -307,7 +307,7 @@ class CheckpointCB(_Numbered):
         return not learn.batches_done or learn.training and not open_batches
 
     def _lost_workers(self):
-        "Did the signal, sent to a group of processes, end the workers of a loader?"
+        "Ctrl-C reaches a loader's workers, too: did the fit fail because they ended?"
         return self.signals.caught and 'DataLoader worker' in str(sys.exc_info()[1])
 
     def cleanup_fit(self, learn):

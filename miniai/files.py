@@ -52,7 +52,7 @@ def new_path(path:str|Path): # of a file or folder: parent folders are created, 
 
 def write_files(folder:str|Path, files:dict): # name -> bytes
     "Replace files, each completely or not at all; `OSError` if that fails"
-    with ExitStack() as stack: # when all are written, it renames them in order
+    with ExitStack() as stack: # it leaves the last one first, so `reversed`: renames in order
         for name in reversed(files):
             stack.enter_context(new_path(Path(folder)/name)).write_bytes(files[name])
 

@@ -97,7 +97,7 @@ def _bar(learn, page):
     form = dict(file=io.StringIO(), ncols=90, ascii=False) if page else dict(dynamic_ncols=True)
     bar = tqdm(desc=f'epoch {learn.epoch}/{learn.epochs}', total=total or None, unit='batch',
                initial=learn.batches_done, leave=False, delay=1, **form)
-    bar.delay = 0 # `delay=1`: it was made without being drawn; now it may draw
+    bar.delay = 0 # with `delay=1` tqdm did not draw it when it was made; from here on it may
     return bar
 
 # %% ../nbs/07_progress.ipynb #949390ec
