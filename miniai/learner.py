@@ -26,7 +26,7 @@ PHASES = ('fit', 'epoch', 'train', 'validate', 'evaluate', 'batch',
           'forward', 'get_loss', 'backward', 'step', 'zero_grad')
 EVENTS = tuple(f'{when}_{phase}' for phase in PHASES for when in ('before', 'after', 'cleanup'))
 
-class CancelFit(Exception): "Raise it to end the epochs of a fit; `after_fit` is called, unless raised in `before_fit`"
+class CancelFit(Exception): "Raise it to end the epochs of a fit; `after_fit` follows"
 class CancelEpoch(Exception): "Raise it to end the epoch at once: no validation, and no record"
 class CancelBatch(Exception): "Raise it to skip the rest of the batch; the gradients stay"
 class CancelStep(Exception): "Raise it in `before_step` to skip `step` and `zero_grad`"
@@ -276,7 +276,7 @@ class _Uses:
 
     @contextmanager
     def _evaluated(self):
-        "The phase `evaluate`, in which callbacks may swap weights; a second one inside has no events"
+        "The phase `evaluate`: callbacks may swap weights. A second one inside has no events"
         outer, self._inside = self._inside, True
         calls = self._calls['evaluate'] if self._calls and not outer else ((), (), ())
         try:

@@ -231,6 +231,13 @@ def test_tables_agree():
 def matmul_b(g, a, b): return a.T @ g
 
 
+@pytest.mark.parametrize('answer', ['(x > 0) + 7*(1 - (x > 0) - (x < 0))', 'max(x, 0)/x', '(x > 0) - 1e9*(1 - (x > 0) - (x < 0))'])
+def test_a_kink_needs_a_value_between_the_slopes(answer):
+    v = check_derivative(answer, of='max(x, 0)')
+    assert not v and 'at x = 0 it gives' in v.message and 'between the slopes on both sides' in v.message
+    for right in 'x > 0', 'x >= 0', '(1 + sign(x))/2': assert check_derivative(right, of='max(x, 0)')
+
+
 def test_gradient_right_at_odd_shapes():
     for n, m, k in (5, 3, 2), (1, 3, 1), (4, 1, 2): assert check_gradient(matmul_b, torch.matmul, (n, m), (m, k), wrt=1)
     assert check_gradient(lambda g, a, b: g @ b.T, torch.matmul, (5, 3), (3, 2))
