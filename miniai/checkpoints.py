@@ -53,7 +53,7 @@ def read_checkpoint(path:str|Path)->Checkpoint: # a folder; weights, state, mani
     return Checkpoint(load_file(path/_WEIGHTS), unpack(manifest['state'], tensors), manifest, path)
 
 def load_weights(path:str|Path)->dict: # the folder of one checkpoint; name -> tensor
-    "Verify and read the weights alone, for `model.load_state_dict`; errors as `read_checkpoint`"
+    "Verify and read the weights alone, for `model.load_state_dict`; `Damaged` if they changed"
     from safetensors.torch import load_file
     verify_files(path := Path(path), [_WEIGHTS])
     return load_file(path/_WEIGHTS)
@@ -83,7 +83,7 @@ def _check(learn, found, resume):
     saved, own, at = found.state['run'], _describe(learn), found.state['learner']
     wrong = [f'{k} is {saved.get(k, "absent")}, here it is {own.get(k, "absent")}'
              for k in saved | own if saved.get(k) != own.get(k) and (resume or 'loader' not in k)]
-    if resume: # a run may go on without its CheckpointCB
+    if resume: # a run may go on without its CheckpointCB, the only state with an entry `saves`
         lost = {k for k, s in found.state['callbacks'].items() if s and 'saves' not in s}
         lost = sorted(lost - {*_callbacks(learn)})
         if lost: wrong.append(f'the state of {", ".join(lost)} would be lost; add the callback')
@@ -288,7 +288,7 @@ class CheckpointCB(_Numbered):
         self.batches, self._skipped = self.batches + 1, learn.batches_done - len(learn.losses)
         if self.signals.caught or self.every and self.batches % self.every == 0: self._save(learn)
 
-    def cleanup_train(self, learn):
+    def cleanup_train(self, learn): # also if a worker's death ended the fit outside `after_batch`
         if self._lost_workers() and learn.batches_done and self._between(learn): self._save(learn)
 
     def after_epoch(self, learn):
@@ -302,7 +302,7 @@ class CheckpointCB(_Numbered):
         if self._new and self._between(learn): self._save(learn)
 
     def _between(self, learn):
-        "Is the run between two training batches or two epochs, so that it can be resumed there?"
+        "Can it be resumed here? Every batch that began has a recorded loss or was cancelled"
         open_batches = learn.batches_done - len(learn.losses) - self._skipped
         return not learn.batches_done or learn.training and not open_batches
 
