@@ -83,7 +83,7 @@ def _check(learn, found, resume):
     saved, own, at = found.state['run'], _describe(learn), found.state['learner']
     wrong = [f'{k} is {saved.get(k, "absent")}, here it is {own.get(k, "absent")}'
              for k in saved | own if saved.get(k) != own.get(k) and (resume or 'loader' not in k)]
-    if resume: # a run may go on without its CheckpointCB, the only state with an entry `saves`
+    if resume: # the only state with an entry `saves` is a CheckpointCB's, which may be missing
         lost = {k for k, s in found.state['callbacks'].items() if s and 'saves' not in s}
         lost = sorted(lost - {*_callbacks(learn)})
         if lost: wrong.append(f'the state of {", ".join(lost)} would be lost; add the callback')
@@ -268,7 +268,7 @@ class CheckpointCB(_Numbered):
         if self._look and self._found and not self.resume:
             raise FileExistsError(f'CheckpointCB: {self.folder} already has checkpoints; '
                                   'set resume=True to continue, or choose another folder')
-        self._look = False
+        self._look = False # until a fit fails: only a first fit, or a repeated one, reads the folder
         if self._found: self._go_on(learn)
 
     def _go_on(self, learn):
@@ -302,7 +302,7 @@ class CheckpointCB(_Numbered):
         if self._new and self._between(learn): self._save(learn)
 
     def _between(self, learn):
-        "Can it be resumed here? Every batch that began has a recorded loss or was cancelled"
+        "True if no batch is half done: each one begun has a loss or was cancelled"
         open_batches = learn.batches_done - len(learn.losses) - self._skipped
         return not learn.batches_done or learn.training and not open_batches
 
