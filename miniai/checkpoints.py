@@ -268,7 +268,7 @@ class CheckpointCB(_Numbered):
         if self._look and self._found and not self.resume:
             raise FileExistsError(f'CheckpointCB: {self.folder} already has checkpoints; '
                                   'set resume=True to continue, or choose another folder')
-        self._look = False # until a fit fails: only a first fit, or a repeated one, reads the folder
+        self._look = False # the folder is read again only if a fit fails and is tried again
         if self._found: self._go_on(learn)
 
     def _go_on(self, learn):
