@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['tensors_in', 'to_device', 'model_device', 'is_inputs', 'input_parts', 'as_loader', 'random_state', 'set_random_state',
-           'first_batch', 'check_replayable', 'Summary', 'summary', 'show_batch', 'show_results']
+           'first_batch', 'check_replayable', 'SummaryText', 'summary', 'show_batch', 'show_results']
 
 # %% ../nbs/71_batches.ipynb #39e94714
 import copy
@@ -124,7 +124,7 @@ def check_replayable(dl): # a loader
                          'order cannot be repeated; use persistent_workers=False')
 
 # %% ../nbs/71_batches.ipynb #21b3f922
-class Summary(str):
+class SummaryText(str):
     "Text that a notebook displays without quotes; `rows` holds the entries"
     __repr__ = str.__str__
 
@@ -138,7 +138,7 @@ def _first(learn, dl):
 
 def summary(
     learn,  # a `Learner`, or a trainer with the same attributes
-)->Summary: # text; `rows` has name, kind, output shape and number of parameters
+)->SummaryText: # text; `rows` has name, kind, output shape and number of parameters
     "Each layer with its output shape and parameters, for the first training batch"
     rows = [('layer', 'kind', 'output', 'parameters')]
     def note(name, layer, inputs, out):
@@ -155,7 +155,7 @@ def summary(
     frozen, total = sum(n for n, learns in sizes if not learns), sum(n for n, _ in sizes)
     rows.append(('total', f'{frozen:,} frozen', '', f'{total:,}'))
     widths = [max(map(len, column)) for column in zip(*rows)]
-    text = Summary('\n'.join('  '.join(map(str.ljust, row, widths)) for row in rows))
+    text = SummaryText('\n'.join('  '.join(map(str.ljust, row, widths)) for row in rows))
     text.rows = rows[1:-1]
     return text
 

@@ -47,10 +47,10 @@ def report(
 class SGD:
     "Stochastic gradient descent, `p -= lr * p.grad`: the twin of `torch.optim.SGD` with `lr` alone"
     def __init__(self, params, # tensors, or one dict per group: `params` and, if it differs, `lr`
-                 lr:float):    # learning rate, 0 or more
+                 lr:float, momentum:float=0): # rate, 0 or more; momentum is `optim.Momentum`'s
         groups = list(params)
         if not all(isinstance(g, dict) for g in groups): groups = [{'params': groups}]
-        options = dict(lr=lr, momentum=0, dampening=0, weight_decay=0, nesterov=False,
+        options = dict(lr=lr, momentum=momentum, dampening=0, weight_decay=0, nesterov=False,
                        maximize=False, foreach=None, differentiable=False, fused=None)
         self.param_groups = [options | g for g in groups]
         for g in self.param_groups:
@@ -66,7 +66,7 @@ class SGD:
         for g in groups:
             if not g['lr'] >= 0: raise ValueError(f'SGD: lr is {g["lr"]}, needs 0 or more')
             for k in 'momentum', 'weight_decay', 'maximize', 'differentiable':
-                if g.get(k): raise ValueError(f'SGD: {k!r} is not supported; use torch.optim.SGD')
+                if g.get(k): raise ValueError(f'SGD: {k!r} is not supported; see optim.Momentum')
 
     def step(self):
         "Move each parameter against its gradient, if it has one"

@@ -190,7 +190,7 @@ class Stage:
         def tree(caption, pages): return f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(pages) + '\n```\n'
         trees = [(caption, [nb.name for n, nb in self.chapters.items() if low <= n <= high]) for caption, low, high in parts]
         trees += [('Solutions', [nb.name for nb in self.notebooks if nb.name.startswith('solutions/')]),
-                  ('Reference', ['notation.md', 'api/index.md'])]
+                  ('Reference', [*(['recipes.ipynb'] if (nbs / 'recipes.ipynb').exists() else []), 'notation.md', 'api/index.md'])]
         return '\n'.join(tree(caption, pages) for caption, pages in trees if pages)
 
     def api(self):
