@@ -20,6 +20,7 @@ import torch
 
 from . import __version__
 from .batches import check_replayable
+from .callbacks import min_or_max
 from .files import (SUMS, Damaged, StopSignals, lock_folder, new_path, pack, save_tensors,
                           unpack, verify_files, write_checksums)
 from .learner import Callback, CancelFit, Learner
@@ -204,11 +205,7 @@ class _Numbered(Callback):
         for name, n in ('every', every), ('keep', keep):
             if not (hasattr(n, '__index__') and n >= 1 or (name, n) == ('every', None)):
                 raise ValueError(f'CheckpointCB: {name} is {n!r}, must be an integer of 1 or more')
-        if keep_best and mode is None:
-            mode = {'loss': 'min', 'accuracy': 'max'}.get(keep_best.split('_')[-1])
-        if keep_best and mode not in ('min', 'max'):
-            raise ValueError(f"CheckpointCB: mode is {mode!r}, must be 'min' if a smaller "
-                             f"{keep_best} is better, or 'max' if a larger one is")
+        if keep_best: mode = min_or_max('CheckpointCB', keep_best, mode)
         self.folder, self.every, self.keep, self.resume = Path(folder), every, keep, resume
         self.keep_best, self.mode, self.signals = keep_best, mode, StopSignals()
         self.batches, self.fits = 0, []      # training batches; the records of fits that have ended

@@ -330,9 +330,10 @@ def _train_into(out, args, info):
 
 def _finish(out, info, net, records, test):
     "Evaluate the network on the test set, draw the run, and save it as finished"
+    from miniai.training import accuracy
     probs, picture = probabilities(net, test.x), io.BytesIO()
-    accuracy = info['test_accuracy'] = round((probs.argmax(1) == test.y).float().mean().item(), 6)
-    line = f'test accuracy {accuracy:.4f} on {len(probs):,} test images'
+    info['test_accuracy'] = round(accuracy(probs, test.y).item(), 6)
+    line = f'test accuracy {info["test_accuracy"]:.4f} on {len(probs):,} test images'
     if info['used'] == 'sample': line += ' of the sample'
     print(line)
     title = f'{info["data"]} ({info["used"]}): {line}'
