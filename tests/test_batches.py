@@ -4,12 +4,12 @@ import io
 import random
 from collections import OrderedDict, UserDict, namedtuple
 from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from common import BATCHES, exact, gen, rows, x, y
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.testing import assert_close
@@ -33,11 +33,6 @@ from miniai.batches import (
 from miniai.module import Linear, ReLU, Sequential
 from miniai.training import BatchSampler, DataLoader, Dataset, ItemLoader, get_dls
 
-gen = lambda seed: torch.Generator().manual_seed(seed)
-x, y = torch.randn(200, 9, generator=gen(0)), torch.randint(3, (200,), generator=gen(1))
-rows = torch_data.TensorDataset(x, y)
-BATCHES = [(x[i:i + 16], y[i:i + 16]) for i in range(0, 200, 16)]             # 13, the last of 8 examples
-exact = partial(assert_close, rtol=0, atol=0)
 LASTING = dict(num_workers=1, persistent_workers=True)
 PERSISTENT = {
     'shuffled': lambda: torch_data.DataLoader(rows, 16, shuffle=True, **LASTING),

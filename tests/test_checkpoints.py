@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common import same
 from safetensors.torch import load_file
 from torch import nn
 
@@ -164,15 +165,6 @@ def test_schedules(tmp_path, every):
             same_end(folder, ours, own_generator, opt_func, lambda make=make: (optim.SchedulerCB(make),), every=every)
     plateau = lambda opt, steps: optim.ReduceLROnPlateau(opt, patience=0, threshold=1.)
     same_end(tmp_path/'plateau', ours, own_generator, momentum, lambda: (optim.SchedulerCB(plateau, each='epoch'),), every=every)
-
-
-def same(a, b):
-    "Equal in type and value, bit for bit"
-    if type(a) is not type(b): return False
-    if isinstance(a, torch.Tensor): return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
-    return repr(a) == repr(b)   # distinguishes -0. from 0., and treats nan as equal to nan
 
 
 def content(folder): return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(Path(folder).rglob('*')) if f.is_file()}

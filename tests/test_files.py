@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common import same
 from safetensors.torch import load_file, save_file
 
 from miniai import files
@@ -24,15 +25,6 @@ from miniai.files import Damaged, StopSignals, lock_folder, new_path, pack, save
 ODD = [None, True, False, 0, 1, -3, 2**70, .1, 1/3, 5e-324, float('inf'), -float('inf'), float('nan'), -0., '', '$tensor', 'π', [], (), {},
        (1,), [[]], {0: 'a', 1: {'b': torch.tensor(2.)}}, {'$tensor': 'x'}, {'$dict': 1, 'y': 2}, {'y': 2, '$': 1},
        {(1, 'k'): None, 'k': 3}, {'a': {'': (torch.tensor([1, 2]), [torch.tensor(True)])}}]
-
-
-def same(a, b):
-    "Equal in type and value, bit for bit"
-    if type(a) is not type(b): return False
-    if isinstance(a, torch.Tensor): return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
-    return repr(a) == repr(b)   # distinguishes -0. from 0., and treats nan as equal to nan
 
 
 @pytest.mark.parametrize('value', [*ODD, ODD], ids=lambda v: repr(v)[:20])

@@ -4,11 +4,11 @@ import io
 import random
 import time
 from contextlib import nullcontext
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from common import BATCHES, exact, gen, rows, x, y
 from torch import nn
 from torch.testing import assert_close
 from torch.utils import data as torch_data
@@ -29,11 +29,6 @@ from miniai.losses import CrossEntropyLoss
 from miniai.module import Linear, ReLU, Sequential
 from miniai.training import BatchSampler, DataLoader, Dataset, get_dls
 
-gen = lambda seed: torch.Generator().manual_seed(seed)
-x, y = torch.randn(200, 9, generator=gen(0)), torch.randint(3, (200,), generator=gen(1))
-rows = torch_data.TensorDataset(x, y)
-BATCHES = [(x[i:i + 16], y[i:i + 16]) for i in range(0, 200, 16)]             # 13, the last of 8 examples
-exact = partial(assert_close, rtol=0, atol=0)
 fast = dict(progress=False)
 
 
