@@ -779,10 +779,12 @@ def test_a_second_fit_continues_from_the_training_weights(layers):
 
     learn.fit(0, progress=False)                                      # no step, nothing changes
     same(ema.state_dict()['training'], weights(plain))
-    learn.fit(1, train=False, progress=False)
-    learn.fit(1, progress=False)
-    plain.fit(1, progress=False)
-    same(ema.state_dict()['training'], weights(plain))
+    for loaded in False, True:
+        if loaded: ema.load_state_dict(ema.state_dict())              # loaded weights are for the next fit that trains
+        learn.fit(1, train=False, progress=False)
+        learn.fit(1, progress=False)
+        plain.fit(1, progress=False)
+        same(ema.state_dict()['training'], weights(plain))
 
 
 def test_a_fit_without_a_step_keeps_no_weights():
