@@ -1005,3 +1005,9 @@ def test_killed_runs_end_identically():
     summary = re.findall(r'^(ours|torch): 5 kills, (\d) of them .*; (\d) of 5 ended with identical weights$', done.stdout, re.M)
     assert [(engine, same) for engine, _, same in summary] == [('ours', '5'), ('torch', '5')], done.stdout + done.stderr
     assert any(int(k) for _, k, _ in summary), done.stdout # with 30 moments the script itself requires a quarter of them
+
+
+def test_only_the_callback_that_saves_is_marked(tmp_path):
+    cb = checkpoints.CheckpointCB(tmp_path)
+    cb.load_state_dict({**cb.state_dict(), 'saves': True})  # as a checkpoint holds it; the mark is of that moment
+    assert cb.state_dict()['saves'] is False
