@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['out_size', 'Conv2d', 'MaxPool2d', 'AvgPool2d', 'AdaptiveAvgPool2d']
 
-# %% ../nbs/11_convolutions.ipynb #e320930c
+# %% ../nbs/11_convolutions.ipynb #6bd0ca0d
 import math
 
 import torch
@@ -14,7 +14,21 @@ from torch import nn
 
 from .module import Module
 
-# %% ../nbs/11_convolutions.ipynb #3acfc06f
+# %% ../nbs/11_convolutions.ipynb #192cc08d
+def out_size(
+    size:tuple,        # `(h,w)` of the input
+    kernel_size:tuple, # `(kh,kw)`
+    stride:tuple,      # `(sh,sw)`, at least 1
+    padding:tuple,     # `(ph,pw)`, added on both sides
+)->tuple:              # `(oh,ow)`
+    "The output's height and width; `ValueError` if the kernel does not fit into the padded image"
+    out = tuple((n + 2*p - k)//s + 1 for n, k, s, p in zip(size, kernel_size, stride, padding))
+    if min(out) < 1:
+        raise ValueError(f'a kernel of {tuple(kernel_size)} does not fit into an image of '
+                         f'{tuple(size)} with padding {tuple(padding)}; choose a smaller one')
+    return out
+
+# %% ../nbs/11_convolutions.ipynb #d7dde80d
 def _pair(name, value):
     "`(rows, columns)` from one integer or two; `ValueError` for anything else, such as 'same'"
     pair = (value, value) if isinstance(value, int) else value
@@ -26,21 +40,7 @@ def _check_images(layer, x):
     raise ValueError(f'{type(layer).__name__}: the input has shape {tuple(x.shape)}, must be '
                      '(n,c,h,w); write x[None] for a single image')
 
-# %% ../nbs/11_convolutions.ipynb #10aa4dee
-def out_size(
-    size:tuple,        # `(h,w)` of the input
-    kernel_size:tuple, # `(kh,kw)`
-    stride:tuple,      # `(sh,sw)`, at least 1
-    padding:tuple,     # `(ph,pw)`, added on both sides
-)->tuple:              # `(oh,ow)`
-    "The output's height and width; `ValueError` if the kernel does not fit into the padded image"
-    out = tuple((n + 2*p - k)//s + 1 for n, k, s, p in zip(size, kernel_size, stride, padding))
-    if min(out) < 1:
-        raise ValueError(f'a kernel of {tuple(kernel_size)} does not fit into an image of '
-                         f'{tuple(size)} with padding {tuple(padding)}; make it smaller')
-    return out
-
-# %% ../nbs/11_convolutions.ipynb #a9346900
+# %% ../nbs/11_convolutions.ipynb #2a53386c
 class Conv2d(Module):
     "`(n,c,h,w)` to `(n,o,oh,ow)`: each window times a kernel, plus a bias; twin of `nn.Conv2d`"
     def __init__(self,
@@ -87,7 +87,7 @@ class Conv2d(Module):
         return (f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, '
                 f'stride={self.stride}{pad}{", bias=False"*(self.bias is None)}')
 
-# %% ../nbs/11_convolutions.ipynb #c77ca392
+# %% ../nbs/11_convolutions.ipynb #ae982f2c
 class _Pool2d(Module):
     "What both pooling layers have in common: the three sizes"
     def __init__(self,
@@ -119,7 +119,7 @@ class MaxPool2d(_Pool2d):
         dx = torch.zeros_like(x.flatten(2))
         return dx.scatter_add_(2, indices.flatten(2), grad.flatten(2)).view(x.shape)
 
-# %% ../nbs/11_convolutions.ipynb #ad08af9e
+# %% ../nbs/11_convolutions.ipynb #671b5165
 class AvgPool2d(_Pool2d):
     "`(n,c,h,w)` to `(n,c,oh,ow)`: the mean of each window, padding zeros count; `nn.AvgPool2d`"
     def _shifts(self, x, size): # for each place in a window, the pixels of all windows there
@@ -141,7 +141,7 @@ class AvgPool2d(_Pool2d):
         for part in self._shifts(dx, out.shape[2:]): part += share
         return dx[:, :, ph:ph + h, pw:pw + w]
 
-# %% ../nbs/11_convolutions.ipynb #56a5ea94
+# %% ../nbs/11_convolutions.ipynb #c8743b21
 def _cells(size, n): # the first index of each of `n` parts of `range(size)`, and the one after it
     return [(i*size//n, -(-(i + 1)*size//n)) for i in range(n)]
 
