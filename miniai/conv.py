@@ -74,7 +74,7 @@ class Conv2d(Module):
         dx = dw = None
         if x.requires_grad:
             sizes = zip(x.shape[2:], self.padding, self.kernel_size, self.stride)
-            left_over = [(n + 2*p - k) % s for n, p, k, s in sizes] # pixels that no window reaches
+            left_over = [(n + 2*p - k) % s for n, p, k, s in sizes] # reached by no window
             dx = torch.conv_transpose2d(grad, weight, None, self.stride, self.padding, left_over)
         if weight.requires_grad:
             xT, gT, (kh, kw) = x.transpose(0, 1), grad.transpose(0, 1), self.kernel_size
@@ -121,7 +121,7 @@ class MaxPool2d(_Pool2d):
 
 # %% ../nbs/11_convolutions.ipynb #671b5165
 class AvgPool2d(_Pool2d):
-    "`(n,c,h,w)` to `(n,c,oh,ow)`: the mean of each window, padding zeros count; `nn.AvgPool2d`"
+    "`(n,c,h,w)` to `(n,c,oh,ow)`: mean of each window, padded zeros count; twin of `nn.AvgPool2d`"
     def _shifts(self, x, size): # for each place in a window, the pixels of all windows there
         (kh, kw), (sh, sw), (oh, ow) = self.kernel_size, self.stride, size
         for i in range(kh):
@@ -135,11 +135,11 @@ class AvgPool2d(_Pool2d):
         return sum(self._shifts(x, size))/math.prod(self.kernel_size)
 
     def bwd(self, grad, out, x):
-        (ph, pw), (h, w) = self.padding, x.shape[2:]
+        ph, pw = self.padding
         dx = F.pad(torch.zeros_like(x), (pw, pw, ph, ph))
         share = grad/math.prod(self.kernel_size)
         for part in self._shifts(dx, out.shape[2:]): part += share
-        return dx[:, :, ph:ph + h, pw:pw + w]
+        return F.pad(dx, (-pw, -pw, -ph, -ph)) if ph or pw else dx
 
 # %% ../nbs/11_convolutions.ipynb #c8743b21
 def _cells(size, n): # the first index of each of `n` parts of `range(size)`, and the one after it
@@ -155,11 +155,15 @@ class AdaptiveAvgPool2d(Module):
 
     def forward(self, x):
         _check_images(self, x)
+        if self.output_size == (1, 1): return x.mean((2, 3), keepdim=True)
         rows, columns = map(_cells, x.shape[2:], self.output_size)
+        layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format # keep it
         x = torch.cat([x[:, :, a:b].mean(2, keepdim=True) for a, b in rows], 2)
-        return torch.cat([x[:, :, :, a:b].mean(3, keepdim=True) for a, b in columns], 3)
+        x = torch.cat([x[:, :, :, a:b].mean(3, keepdim=True) for a, b in columns], 3)
+        return x.contiguous(memory_format=layout)
 
     def bwd(self, grad, out, x):
+        if self.output_size == (1, 1): return (grad/x[0, 0].numel()).expand(x.shape)
         rows, columns = map(_cells, x.shape[2:], self.output_size)
         dx, part = torch.zeros_like(x), grad.new_zeros(*grad.shape[:3], x.shape[3])
         for j, (a, b) in enumerate(columns): part[:, :, :, a:b] += grad[:, :, :, j:j + 1]/(b - a)
