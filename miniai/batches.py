@@ -165,20 +165,20 @@ def show_batch(
     n:int=20, # at most so many images
     **kwargs, # for `show_images`
 ):
-    "Draw the first training images with their labels: a matplotlib `Figure`"
+    "Draw the first training images with their labels"
     with _first(learn, learn.dls[0]) as first: xb, yb = first.xb[:n], first.yb[:n]
-    return show_images(xb, yb.tolist(), **kwargs)
+    show_images(xb, yb.tolist(), **kwargs)
 
 def show_results(
     learn,    # a `Learner`, or a trainer with the same attributes
     n:int=20, # at most so many images
     **kwargs, # for `show_images`
 ):
-    "Draw validation images with the predicted classes, mistakes in red: a matplotlib `Figure`"
+    "Draw validation images with the predicted classes, mistakes in red"
     with _first(learn, learn.dls[1] or learn.dls[0]) as first:
         first.forward()
         xb, found, labels = (t[:n] for t in (first.xb, first.preds.argmax(1), first.yb))
     pairs = list(zip(found.tolist(), labels.tolist()))
-    fig = show_images(xb, [f'{p}' if p == l else f'{p}, is {l}' for p, l in pairs], **kwargs)
-    for ax, (p, l) in zip(fig.axes, pairs): ax.title.set_color('k' if p == l else 'red')
-    return fig
+    import matplotlib.pyplot as plt
+    show_images(xb, [f'{p}' if p == l else f'{p}, is {l}' for p, l in pairs], **kwargs)
+    for ax, (p, l) in zip(plt.gcf().axes, pairs): ax.title.set_color('k' if p == l else 'red')

@@ -32,7 +32,7 @@ def show_images(
     size:float=.8,     # inches per image
     cmap:str='gray_r', # colour map; the default draws large values dark
     **kwargs,          # for `imshow`; `vmin` and `vmax` default to the range of all images
-):                     # the matplotlib `Figure`
+):
     "Draw a grid of images on one scale; `ValueError` if shape, titles or `ncols` do not fit"
     import matplotlib.pyplot as plt
     if isinstance(images, Tensor): images = images.detach().cpu().float()
@@ -51,13 +51,12 @@ def show_images(
     vmin, vmax = float(kwargs.pop('vmin', a.min())), float(kwargs.pop('vmax', a.max()))
     ncols = min(ncols, len(a))
     nrows = math.ceil(len(a)/ncols)
-    fig, axs = plt.subplots(nrows, ncols, layout='constrained', squeeze=False,
-                            figsize=(size*ncols, (size + .2*bool(titles))*nrows))
+    axs = plt.subplots(nrows, ncols, layout='constrained', squeeze=False,
+                       figsize=(size*ncols, (size + .2*bool(titles))*nrows))[1]
     for ax in axs.flat: ax.axis('off')
     for ax, image in zip(axs.flat, a):
         ax.imshow(image, cmap=cmap, vmin=vmin, vmax=vmax, **kwargs)
     for ax, title in zip(axs.flat, titles): ax.set_title(str(title), fontsize=9)
-    return fig
 
 # %% ../nbs/00_data.ipynb #33d8a753
 class Examples(NamedTuple):

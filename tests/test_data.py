@@ -602,7 +602,12 @@ def test_examples():
 
 # ---- images
 
-def shown(fig): return [im for ax in fig.axes for im in ax.images]
+def shown(*args, **kwargs):
+    "The axes and the images of the figure that `show_images` draws"
+    from matplotlib import pyplot as plt
+    assert show_images(*args, **kwargs) is None  # a value would be shown in a notebook, beside the figure
+    axes = plt.gcf().axes
+    return axes, [im for ax in axes for im in ax.images]
 
 @pytest.fixture
 def plt():
@@ -620,25 +625,27 @@ X = torch.rand(12, 784, generator=torch.Generator().manual_seed(0))
     ([np.zeros((4, 4)), np.ones((4, 4))], 2), (list(X[:2]), 2)],
     ids='batch array vector image images channel grad small one bfloat16 half bool bytes lists arrays tensors'.split())
 def test_show_images(plt, images, n):
-    fig = show_images(images)
-    assert len(shown(fig)) == n and not any(ax.axison for ax in fig.axes)
+    axes, drawn = shown(images)
+    assert len(drawn) == n and not any(ax.axison for ax in axes)
     want = images.detach().float().numpy() if isinstance(images, torch.Tensor) else np.array([np.asarray(i) for i in images])
-    drawn = np.concatenate([im.get_array().ravel() for im in shown(fig)])
-    assert np.allclose(drawn, want.ravel()) and all(isinstance(v, float) for im in shown(fig) for v in im.get_clim())
+    assert np.allclose(np.concatenate([im.get_array().ravel() for im in drawn]), want.ravel())
+    assert all(isinstance(v, float) for im in drawn for v in im.get_clim())
 
 def test_grid_of_images(plt):
     labels = torch.arange(12) % 10
     for titles in labels, labels.tolist(), labels.numpy(), tuple(labels):
-        fig = show_images(X, titles=titles, ncols=5)
-        assert [ax.get_title() for ax in fig.axes] == [str(int(i)) for i in labels] + ['']*3
-    assert fig.axes[0].get_gridspec().get_geometry() == (3, 5) and np.array_equal(shown(fig)[3].get_array(), X[3].view(28, 28))
-    assert show_images(X[:4], ncols=np.int64(2), size=2).get_size_inches().tolist() == [4, 4]
-    assert show_images(X[:4], 'abcd', ncols=2, size=2).get_size_inches().tolist() == [4, 4.4]
-    assert show_images(X[:5]).get_size_inches().tolist() == [4, .8]
-    assert [show_images(X[:n]).axes[0].get_gridspec().get_geometry() for n in (1, 10, 11)] == [(1, 1), (1, 10), (2, 10)]
-    assert [im.get_clim() for im in shown(show_images([X[0]*0, X[0]*0 + .5]))] == [(0, .5)]*2  # one scale
-    assert shown(show_images(X, vmin=-1, vmax=X.new_tensor(2)))[0].get_clim() == (-1, 2)
-    assert shown(show_images(X, vmin=-1))[0].get_clim() == (-1, X.max())
+        axes, drawn = shown(X, titles=titles, ncols=5)
+        assert [ax.get_title() for ax in axes] == [str(int(i)) for i in labels] + ['']*3
+    assert axes[0].get_gridspec().get_geometry() == (3, 5) and np.array_equal(drawn[3].get_array(), X[3].view(28, 28))
+    def inches(*args, **kwargs): return shown(*args, **kwargs)[0][0].figure.get_size_inches().tolist()
+    assert inches(X[:4], ncols=np.int64(2), size=2) == [4, 4]
+    assert inches(X[:4], 'abcd', ncols=2, size=2) == [4, 4.4]
+    assert inches(X[:5]) == [4, .8]
+    assert [shown(X[:n])[0][0].get_gridspec().get_geometry() for n in (1, 10, 11)] == [(1, 1), (1, 10), (2, 10)]
+    def clims(*args, **kwargs): return [im.get_clim() for im in shown(*args, **kwargs)[1]]
+    assert clims([X[0]*0, X[0]*0 + .5]) == [(0, .5)]*2  # one scale
+    assert clims(X, vmin=-1, vmax=X.new_tensor(2))[0] == (-1, 2)
+    assert clims(X, vmin=-1)[0] == (-1, X.max())
 
 @pytest.mark.parametrize('shape', [(5,), (0, 784), (2, 3, 28, 28), (2, 2, 2, 2, 2), ()], ids=str)
 def test_shapes_that_are_no_images(plt, shape):
