@@ -123,7 +123,7 @@ def _plot_lines(means, stds, dead):
     import matplotlib.pyplot as plt
     _, axes = plt.subplots(1, 3, figsize=(10, 3), layout='constrained')
     for ax, curves in zip(axes, (means, stds)):
-        for name, values in curves.items(): ax.plot(values, lw=1.2, label=name)
+        for name, values in curves.items(): ax.plot(values.numpy(), lw=1.2, label=name)
     for name, pairs in dead.items(): axes[2].plot(*zip(*pairs), 'o-', label=name)
     axes[1].set(yscale='log')
     axes[2].set(xlim=(0, None), ylim=(-.05, 1.05))
@@ -141,7 +141,8 @@ def _plot_hists(hists, low, high):
                            sharey=True, squeeze=False, layout='constrained')
     for ax in axes.flat[len(hists):]: ax.remove()
     for ax, (name, t) in zip(axes.flat, hists.items()):
-        ax.imshow(t.T.log1p(), origin='lower', aspect='auto', extent=(0, len(t), low, high))
+        image = t.T.log1p().numpy()
+        ax.imshow(image, origin='lower', aspect='auto', extent=(0, len(t), low, high))
         ax.set(title=name, xlabel='batches')
     for ax in axes[:, 0]: ax.set_ylabel('activation')
     return axes

@@ -315,6 +315,12 @@ def test_statistics_of_all_layers_in_all_batches(kit):
             assert (counts - want).abs().sum() <= 2      # a number may round over an edge
 
 
+def test_defaults():
+    cb = ActivationStatsCB()
+    learner(cbs=[cb]).fit(1, progress=False)
+    assert (cb.modules, cb.low, cb.high, cb.hists['0'].shape) == (None, -5, 5, (9, 80))
+
+
 @engines
 def test_our_statistics_and_those_of_torch(kit):
     cbs = [ActivationStatsCB() for _ in range(2)]
