@@ -45,8 +45,9 @@ def both(kind, x, grad=None):
 
 # ---- the layers
 
-INPUTS = {'0-d': numbers(), 'one': numbers(1), 'empty': numbers(0, 3), 'vector': numbers(7), 'matrix': numbers(5, 3), 'images': numbers(2, 3, 5, 4),
-          '5-d': numbers(2, 1, 3, 2, 3), 'transposed': numbers(5, 3).T, 'strided': numbers(9, 8)[::2, 1::3], 'expanded': numbers(3, 1).expand(3, 4),
+INPUTS = {'0-d': numbers(), 'one': numbers(1), 'empty': numbers(0, 3), 'vector': numbers(7), 'matrix': numbers(5, 3),
+          'images': numbers(2, 3, 5, 4), '5-d': numbers(2, 1, 3, 2, 3), 'transposed': numbers(5, 3).T,
+          'strided': numbers(9, 8)[::2, 1::3], 'expanded': numbers(3, 1).expand(3, 4),
           'channels_last': numbers(2, 3, 5, 4).to(memory_format=torch.channels_last), 'zeros': torch.zeros(2, 3, **F64),
           'large': numbers(50)*1e3, 'tiny': numbers(50)*1e-300, 'line': torch.linspace(-45, 45, 181, **F64)}
 
@@ -144,8 +145,8 @@ def test_autocast(kind):
     assert_close(*(grad for _, grad in found), rtol=3e-2, atol=.1)
 
 
-@pytest.mark.parametrize('make', [lambda: LeakyReLU(.1, True), lambda: LeakyReLU(inplace=True), lambda: GELU('tanh'), lambda: GELU(approximate='tanh'),
-                                  lambda: SiLU(True), lambda: SiLU(inplace=True)])
+@pytest.mark.parametrize('make', [lambda: LeakyReLU(.1, True), lambda: LeakyReLU(inplace=True), lambda: GELU('tanh'),
+                                  lambda: GELU(approximate='tanh'), lambda: SiLU(True), lambda: SiLU(inplace=True)])
 def test_options_that_we_lack(make):
     with pytest.raises(TypeError): make()
 
@@ -182,9 +183,9 @@ def test_a_model_without_children_is_named_after_its_class():
     assert hooks.values == {'LeakyReLU': [((2, 3), (2, 3))]}
 
 
-@pytest.mark.parametrize('choose, names', [(lambda net: {'whole': net, 'last': net[1][1]}, ['whole', 'last']), (lambda net: [net[0], net[1]], ['0', '1']),
-                                           (lambda net: (m for m in net), ['0', '1']), (lambda net: nn.ModuleList([net[1]]), ['0.0', '0.1']),
-                                           (lambda net: [], []), (lambda net: {}, [])])
+@pytest.mark.parametrize('choose, names', [
+    (lambda net: {'whole': net, 'last': net[1][1]}, ['whole', 'last']), (lambda net: [net[0], net[1]], ['0', '1']),
+    (lambda net: (m for m in net), ['0', '1']), (lambda net: nn.ModuleList([net[1]]), ['0.0', '0.1']), (lambda net: [], []), (lambda net: {}, [])])
 def test_dicts_lists_and_generators(choose, names):
     net = nested()
     with Hooks(choose(net), lambda *args: 1) as hooks: net(torch.randn(5, 4))
@@ -266,13 +267,15 @@ def test_removal_while_the_model_runs():
 # ---- the callback
 
 OURS = dict(seq=Sequential, conv=Conv2d, pool=AdaptiveAvgPool2d, flat=Flatten, lin=Linear, act=ReLU, loss=CrossEntropyLoss)
-TORCH = dict(seq=nn.Sequential, conv=nn.Conv2d, pool=nn.AdaptiveAvgPool2d, flat=nn.Flatten, lin=nn.Linear, act=nn.ReLU, loss=nn.CrossEntropyLoss)
+TORCH = dict(seq=nn.Sequential, conv=nn.Conv2d, pool=nn.AdaptiveAvgPool2d, flat=nn.Flatten, lin=nn.Linear, act=nn.ReLU,
+             loss=nn.CrossEntropyLoss)
 engines = pytest.mark.parametrize('kit', [OURS, TORCH], ids=['ours', 'torch'])
 N = 70   # training: 9 batches, the last of 6 examples; validation: 3 batches
 
 
 def convnet(kit):
-    return kit['seq'](kit['conv'](1, 4, 3, 2, 1), kit['act'](), kit['pool'](1), kit['flat'](), kit['lin'](4, 5), kit['act'](), kit['lin'](5, 3))
+    return kit['seq'](kit['conv'](1, 4, 3, 2, 1), kit['act'](), kit['pool'](1), kit['flat'](),
+                      kit['lin'](4, 5), kit['act'](), kit['lin'](5, 3))
 
 
 def learner(kit=TORCH, cbs=(), net=None, seed=0, lr=.1):
@@ -479,7 +482,7 @@ def test_a_forward_pass_that_fails_or_is_skipped():
 @pytest.mark.parametrize('error', [Stop, CancelFit, CancelEpoch])
 def test_a_validation_that_does_not_finish_gives_no_share(error):
     cb = ActivationStatsCB()
-    learn = learner(cbs=[cb, Raise('before_backward' if error is None else 'after_batch', error, batch=1, training=False)])
+    learn = learner(cbs=[cb, Raise('after_batch', error, batch=1, training=False)])
     try: learn.fit(2, progress=False)
     except Stop: pass
     assert [len(p) for p in cb.dead.values()] == [1]*7 and not hooks_on(learn.model)
@@ -553,7 +556,8 @@ class Save(Callback):
         setattr(self, event, call)
 
 
-@pytest.mark.parametrize('event, at', [('after_batch', (1, 0)), ('after_batch', (2, 4)), ('after_batch', (2, 8)), ('after_epoch', (1, 2)), ('after_epoch', (2, 2))])
+@pytest.mark.parametrize('event, at', [('after_batch', (1, 0)), ('after_batch', (2, 4)), ('after_batch', (2, 8)),
+                                       ('after_epoch', (1, 2)), ('after_epoch', (2, 2))])
 def test_a_resumed_run_has_the_same_statistics(event, at):
     whole = ActivationStatsCB()
     learn = learner(cbs=[whole])
@@ -633,6 +637,7 @@ def test_plots(plt):
     axes = cb.plot()
     assert [ax.get_ylabel() for ax in axes] == ['mean', 'standard deviation', 'share of dead units'] and len(plt.get_fignums()) == 1
     assert [len(ax.lines) for ax in axes] == [7, 7, 7] and {ax.get_xlabel() for ax in axes} == {'batches'}
+    assert [ax.get_subplotspec().colspan.start for ax in axes] == [0, 1, 2]
     names = [text.get_text() for text in axes[2].get_legend().get_texts()]
     assert names == [*cb.means] and axes[1].get_yscale() == 'log' and axes[0].get_legend() is None
     for ax, kind in zip(axes, (cb.means, cb.stds)):
@@ -645,7 +650,9 @@ def test_plots(plt):
     image = drawn[0].images[0]
     assert [*image.get_extent()] == [0, 18, -2, 3] and image.origin == 'lower'
     assert_close(torch.as_tensor(image.get_array().data).float(), cb.hists['0'].T.log1p())
-    assert {ax.get_xlabel() for ax in drawn} == {'batches'} and [ax.get_ylabel() for ax in drawn] == ['activation', '', '', '', 'activation', '', '']
+    assert {ax.get_xlabel() for ax in drawn} == {'batches'}
+    assert [ax.get_ylabel() for ax in drawn] == ['activation', '', '', '', 'activation', '', '']
+    assert drawn[5].get_shared_x_axes().joined(drawn[0], drawn[5]) and drawn[5].get_shared_y_axes().joined(drawn[0], drawn[5])
 
 
 def test_plots_of_one_layer_without_validation(plt):
