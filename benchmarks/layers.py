@@ -176,9 +176,10 @@ def peak(run):
     "MB that a call takes above what the process held before, at most; `None` where Linux does not tell"
     def status(key):
         return next(int(line.split()[1]) for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(key))
-    for _ in range(2): run()
     try:
         allocator(keep=False)
+        for _ in range(2): run()
+        allocator(keep=False)  # returns what the two passes left
         before = status('VmRSS')
         Path('/proc/self/clear_refs').write_text('5')  # sets the peak back to what the process holds
         run()
@@ -187,7 +188,7 @@ def peak(run):
 
 
 def measure(args):
-    "One dict per line of the tables; times first, as returning memory at once makes PyTorch slower"
+    "One dict per line of the tables; memory first, while no large heap exists, and then the times"
     passes = [('layer', f'{c.text}{", no gradient of the input" * c.first} on {"x".join(map(str, c.shape))}', c.aim, layout,
                lambda c=c, layout=layout: layer_passes(c, layout)) for c in LAYERS for layout in LAYOUTS
               if len(c.shape) == 4 or layout == 'contiguous']
@@ -196,14 +197,13 @@ def measure(args):
     passes += [('Learner', name, LEARNER_AIM, 'contiguous', lambda text=text: learner_epochs(text)) for name, text in NETS.items()]
     # a line is chosen by a word of its kind, its layer or net, and its layout
     passes = [p for p in passes if any(word in f'{p[0]} {p[1]} {p[3]}' for word in args.only)]
-    rows = []
+    memory = [[None] * 2 if kind == 'Learner' else [peak(way) for way in make()] for kind, *_, make in passes]
     allocator(keep=not args.default_malloc)
-    for kind, what, aim, layout, make in passes:
+    rows = []
+    for (kind, what, aim, layout, make), (mb, theirs) in zip(passes, memory):
         rounds = args.rounds if kind != 'Learner' else max(2, args.rounds // 2)
-        rows.append(dict(kind=kind, what=what, layout=layout, aim=aim, **timed(make(), rounds, what)))
+        rows.append(dict(kind=kind, what=what, layout=layout, aim=aim, **timed(make(), rounds, what), mb=mb, their_mb=theirs))
         print('{kind:8}{what:75}{layout:15}{ms:9.2f} ms  x {ratio:.2f} ({low:.2f} to {high:.2f})'.format(**rows[-1]), flush=True)
-    for row, (kind, *_, make) in zip(rows, passes):
-        if kind != 'Learner': row['mb'], row['their_mb'] = (peak(way) for way in make())
     return rows
 
 
@@ -223,7 +223,7 @@ def table(rows, rounds):
                   '| peak memory, theirs, MB | ratio |', '|---|---|--:|--:|--:|--:|--:|--:|']
         for row in chosen:
             aim = '' if row['aim'] is None else f'{row["aim"]}{" ⚠" * (row["ratio"] > row["aim"])}'
-            mb, theirs = row.get('mb'), row.get('their_mb')
+            mb, theirs = row['mb'], row['their_mb']
             memory = f'{theirs:.1f} | {mb/theirs:.2f}' if mb and theirs else '| '
             lines.append('| {what} | {layout} | {ms:.2f} | {ratio:.2f} | {low:.2f} to {high:.2f} | '.format(**row) + f'{aim} | {memory} |')
     return '\n'.join(lines) + '\n'

@@ -77,14 +77,16 @@ CONVS = {  # in_channels, out_channels, kernel_size, stride, padding, images
     'padding larger than the kernel': (2, 3, 2, 2, 3, (1, 3, 4)),
     '1 x 1': (3, 4, 1, 1, 0, (2, 4, 5)),
     '1 x 1, stride': (3, 4, 1, 2, 0, (2, 7, 6)),
+    '1 x 1, two strides': (3, 4, 1, (2, 3), 0, (2, 6, 7)),
     '1 x 1, stride and padding': (3, 4, 1, (2, 3), (1, 0), (2, 6, 7)),
     'one example': (3, 2, 3, 2, 1, (1, 7, 9)),
     'one output channel': (3, 1, 3, 1, 1, (2, 5, 4)),
     'one input channel': (1, 4, 5, 2, 2, (3, 9, 10)),
     'eight channels': (8, 3, 3, 1, 1, (2, 6, 7)),
-    'eight channels, pairs': (8, 3, (2, 3), (3, 2), (1, 0), (3, 9, 6)),
+    'sixteen channels, pairs': (16, 3, (2, 3), (3, 2), (1, 0), (3, 9, 6)),
+    'seventeen channels': (17, 2, 3, 1, 1, (2, 4, 5)),
     'sixteen channels, a stride that leaves a row': (16, 2, 3, 2, 1, (2, 8, 6)),
-    'eight channels, one example, one pixel': (8, 2, 3, 1, 1, (1, 1, 1)),
+    'sixteen channels, one example, one pixel': (16, 2, 3, 1, 1, (1, 1, 1)),
     'eight channels, 1 x 1': (8, 3, 1, 2, 0, (2, 5, 6)),
 }
 each_conv = pytest.mark.parametrize('args', CONVS.values(), ids=CONVS)
@@ -120,7 +122,7 @@ def test_conv_of_random_sizes(seed):
     pair = lambda low, high: (draw.randint(low, high), draw.randint(low, high))
     kernel, stride, padding = pair(1, 4), pair(1, 3), pair(0, 2)
     h, w = (max(1, k - 2*p) + draw.randint(0, 6) for k, p in zip(kernel, padding))
-    sizes = draw.choice([1, 2, 3, 8, 16]), draw.randint(1, 4), kernel, stride, padding
+    sizes = draw.choice([1, 2, 3, 16, 18]), draw.randint(1, 4), kernel, stride, padding
     x = draw.choice(list(LAYOUTS.values()))(images(draw.randint(1, 3), sizes[0], h, w))
     check_twin(Conv2d(*sizes, **f64), nn.Conv2d(*sizes, **f64), x, rtol=1e-12)
 
@@ -282,8 +284,8 @@ def net(k):
     torch.manual_seed(0)
     relu, flat, linear = (ReLU, Flatten, Linear) if k is ours else (nn.ReLU, nn.Flatten, nn.Linear)
     sequential = Sequential if k is ours else nn.Sequential
-    return sequential(k.Conv2d(1, 8, 5, 2, 2), relu(), k.MaxPool2d(2), k.Conv2d(8, 8, 3, 1, 1), relu(), k.AvgPool2d(2),
-                      k.Conv2d(8, 4, 3, 2, 1, bias=False), relu(), k.AdaptiveAvgPool2d(1), flat(), linear(4, 3)).double()
+    return sequential(k.Conv2d(1, 8, 5, 2, 2), relu(), k.MaxPool2d(2), k.Conv2d(8, 16, 3, 1, 1), relu(), k.AvgPool2d(2),
+                      k.Conv2d(16, 4, 3, 2, 1, bias=False), relu(), k.AdaptiveAvgPool2d(1), flat(), linear(4, 3)).double()
 
 
 def train(net, to, steps=6):
@@ -390,7 +392,7 @@ def test_an_input_without_gradient():  # the first layer of every net
     for p, q in zip(layer.parameters(), twin.parameters(), strict=True): assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize('c, kernel', [(3, 3), (8, 3), (3, 1)])
+@pytest.mark.parametrize('c, kernel', [(3, 3), (16, 3), (3, 1)])
 def test_only_the_gradients_that_are_required_are_computed(c, kernel):
     x, weight, bias = images(2, c, 5, 5), images(2, c, kernel, kernel), torch.zeros(2, **f64)
     layer = Conv2d(c, 2, kernel, **f64)
