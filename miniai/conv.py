@@ -34,18 +34,18 @@ def _weight_grad(
     grad, # `(n,o,oh,ow)`, the gradient of its output
     kernel_size, stride, padding, # pairs
 ):        # `(o,c,kh,kw)`
-    "The gradient of a convolution's weight, in the fastest of three ways"
+    "The gradient of a convolution's weight, in one of three ways"
     (kh, kw), (sh, sw) = kernel_size, stride
     if (kernel_size, padding) == ((1, 1), (0, 0)): # one matrix product
         dw = torch.tensordot(grad, x[:, :, ::sh, ::sw], ([0, 2, 3], [0, 2, 3]))
         return dw[:, :, None, None]
     gT = grad.transpose(0, 1) # `(o,n,oh,ow)`
-    if x.shape[1] % 8: # the channels as images
+    if x.shape[1] < 16 or x.shape[1] % 2: # few channels: each as an image
         dw = torch.conv2d(x.transpose(0, 1), gT, None, 1, padding, dilation=stride)
         return dw[:, :, :kh, :kw].transpose(0, 1)
     halves = x.permute(0, 2, 3, 1).unflatten(3, (2, -1)).permute(3, 0, 1, 2, 4) # (2,n,h,w,c/2)
     dw = torch.conv3d(halves, gT[..., None], None, 1, (*padding, 0), dilation=(*stride, 1))
-    return dw[:, :, :kh, :kw].permute(1, 0, 4, 2, 3).flatten(1, 2)
+    return dw[:, :, :kh, :kw].permute(1, 0, 4, 2, 3).flatten(1, 2) # from `(2,o,kh,kw,c/2)`
 
 # %% ../nbs/11_convolutions.ipynb #d7dde80d
 def _pair(name, value):
@@ -161,7 +161,7 @@ def _cells(size, n): # the first index of each of `n` parts of `range(size)`, an
     return [(i*size//n, -(-(i + 1)*size//n)) for i in range(n)]
 
 class AdaptiveAvgPool2d(Module):
-    "`(n,c,h,w)` to `(n,c,*output_size)`: means of equal parts, the twin of `nn.AdaptiveAvgPool2d`"
+    "`(n,c,h,w)` to `(n,c,*output_size)`: means of parts of the image; twin of `nn.AdaptiveAvgPool2d`"
     def __init__(self,
         output_size:int|tuple, # one integer, or (rows, columns); 1: the mean of each channel
     ):
@@ -172,7 +172,7 @@ class AdaptiveAvgPool2d(Module):
         _check_images(self, x)
         if self.output_size == (1, 1): return x.mean((2, 3), keepdim=True)
         rows, columns = map(_cells, x.shape[2:], self.output_size)
-        layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format # keep it
+        layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format # as `x`
         x = torch.cat([x[:, :, a:b].mean(2, keepdim=True) for a, b in rows], 2)
         x = torch.cat([x[:, :, :, a:b].mean(3, keepdim=True) for a, b in columns], 3)
         return x.contiguous(memory_format=layout)
