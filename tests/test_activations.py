@@ -185,7 +185,8 @@ def test_a_model_without_children_is_named_after_its_class():
 
 @pytest.mark.parametrize('choose, names', [
     (lambda net: {'whole': net, 'last': net[1][1]}, ['whole', 'last']), (lambda net: [net[0], net[1]], ['0', '1']),
-    (lambda net: (m for m in net), ['0', '1']), (lambda net: nn.ModuleList([net[1]]), ['0.0', '0.1']), (lambda net: [], []), (lambda net: {}, [])])
+    (lambda net: (m for m in net), ['0', '1']), (lambda net: nn.ModuleList([net[1]]), ['0.0', '0.1']),
+    (lambda net: [], []), (lambda net: {}, [])])
 def test_dicts_lists_and_generators(choose, names):
     net = nested()
     with Hooks(choose(net), lambda *args: 1) as hooks: net(torch.randn(5, 4))
