@@ -88,12 +88,12 @@ def _to_unit(model, xb, name, layer, tol, max_iter):
         with Hooks([layer], lambda m, inputs, out: out.float()) as hooks: model(xb)
         outs = hooks.values['0'] # several if the layer is called several times
         out = torch.cat([o.flatten() for o in outs])
-        mean, std = out.mean().item(), out.std().item()
-        if not math.isfinite(std):
-            raise ValueError(f'{where} has an output of std {std}; are xb and the weights finite?')
+        mean, std = out.mean().item(), out.std(correction=0).item()
         if all(o.std(0, correction=0).max() <= 1e-6*o.abs().max() for o in outs):
             raise ValueError(f'{where} outputs the same for all {len(xb)} examples: give more than '
                              'one example, or other weights to the layers before it')
+        if not math.isfinite(std):
+            raise ValueError(f'{where} has an output of std {std}; are xb and the weights finite?')
         if abs(std - 1) <= tol and (bias is None or abs(mean) <= tol): break
         if k == max_iter:
             warnings.warn(f'{where} has mean {mean:.3g} and std {std:.3g} after {k} iterations',

@@ -52,7 +52,7 @@ def outputs(model, xb, kinds=(nn.Linear, nn.Conv2d, Linear, Conv2d)):
         if isinstance(m, kinds): handles.append(m.register_forward_hook(lambda m, i, o, name=name: found.__setitem__(name, o.detach())))
     with torch.no_grad(): model(xb)
     for h in handles: h.remove()
-    return {name: (o.double().mean().item(), o.double().std().item()) for name, o in found.items()}
+    return {name: (o.double().mean().item(), o.double().std(correction=0).item()) for name, o in found.items()}
 
 
 # ---------------------------------------------------------------- fans and init_weights
@@ -60,7 +60,7 @@ def outputs(model, xb, kinds=(nn.Linear, nn.Conv2d, Linear, Conv2d)):
 @pytest.mark.parametrize('name', LAYERS)
 def test_fans(name):
     make, fan_in, fan_out = LAYERS[name]
-    assert fans(make().weight) == (fan_in, fan_out) == torch.nn.init._calculate_fan_in_and_fan_out(make().weight)
+    assert fans(make().weight) == (fan_in, fan_out)
 
 
 @pytest.mark.parametrize('leaky', [None, 0, .01, .3, 1, 2.])
@@ -76,6 +76,11 @@ def test_weights_equal_those_of_torch(name, kind, leaky):
     else: nn.init.kaiming_normal_(twin.weight, leaky or 0, 'fan_in' if kind == 'kaiming' else 'fan_out', generator=gen(3))
     assert_close(layer.weight, twin.weight)
     if layer.bias is not None: assert not layer.bias.any()
+
+
+def test_layers_without_the_attribute_bias():
+    assert init_weights(nn.Embedding(100, 50), generator=gen()).weight.std() < .3
+    assert not hasattr(init_weights(Clipped()), 'bias')
 
 
 def test_the_mean_is_zero_and_the_std_is_that_of_the_formula():
@@ -183,8 +188,8 @@ def test_one_factor_and_one_shift_per_layer():
     w, b = (p.detach().clone() for p in net.parameters())
     out = F.linear(x, w, b)
     lsuv_init(net, x)
-    assert_close(net[0].weight.detach(), w/out.std(), rtol=1e-6, atol=1e-7)
-    assert_close(net[0].bias.detach(), (b - out.mean())/out.std(), rtol=1e-6, atol=1e-6)
+    assert_close(net[0].weight.detach(), w/out.std(correction=0), rtol=1e-6, atol=1e-7)
+    assert_close(net[0].bias.detach(), (b - out.mean())/out.std(correction=0), rtol=1e-6, atol=1e-6)
 
 
 def test_a_second_time_changes_nothing():
@@ -255,7 +260,21 @@ def test_a_layer_that_is_called_twice_counts_both_calls():
         (stats,) = lsuv_init(net, XB[:, 0, 0], max_iter=50)
     net(XB[:, 0, 0])
     both = torch.cat([o.flatten() for o in net.seen])
-    assert abs(both.std() - 1) < .011 and abs(both.mean()) < .011 and 1 < stats.iterations < 50
+    assert abs(both.std() - 1) < .011 and abs(both.mean()) < .011 and 1 < stats.iterations <= 10
+    assert lsuv_init(seeded(Twice), XB[:, 0, 0]) == [stats]           # ten are allowed
+
+
+def test_a_call_with_one_input_for_all_does_not_make_a_layer_dead():
+    net = seeded(Twice)
+    net.forward = lambda x: net.inner(0*x) + net.inner(x)
+    assert abs(lsuv_init(net, XB[:, 0, 0], max_iter=50)[0].std - 1) <= .01
+
+
+def test_a_small_signal_on_a_large_mean_is_scaled():
+    net, x = seeded(lambda: nn.Sequential(nn.Linear(9, 4))).double(), XB[:, 0, 0].double()
+    with torch.no_grad(): net[0].bias.fill_(3e3)
+    (stats,) = lsuv_init(net, x)
+    assert abs(stats.std - 1) <= .01 and abs(stats.mean) <= .01
 
 
 class Clipped(nn.Module):
@@ -291,13 +310,18 @@ def dead_weight(net):
     return '3', 'Conv2d'
 
 
+def dead_and_zero(net):
+    net[3].bias.zero_()
+    return dead_weight(net)
+
+
 def dead_relu(net):
     net[0].register_parameter('bias', None)
     net[0].weight.copy_(-net[0].weight.abs())
     return '3', 'Conv2d'
 
 
-@pytest.mark.parametrize('kill', [dead_weight, dead_relu])
+@pytest.mark.parametrize('kill', [dead_weight, dead_and_zero, dead_relu])
 @pytest.mark.parametrize('make', [ours, theirs])
 def test_a_dead_layer_raises_in_words(make, kill):
     net = seeded(make)
@@ -313,12 +337,13 @@ def test_biases_do_not_hide_a_dead_layer():
     assert net[3].bias.std() > .01
     with pytest.raises(ValueError, match='outputs the same'): lsuv_init(net, XB)
     net = seeded(lambda: nn.Sequential(nn.Linear(3, 4)))
-    with torch.no_grad(): net[0].weight.mul_(1e-9)                   # far below the rounding of the bias
+    with torch.no_grad(): net[0].weight.mul_(1e-7)                   # as small as the rounding of the bias
     with pytest.raises(ValueError, match='outputs the same'): lsuv_init(net, torch.randn(20, 3))
 
 
 def test_a_batch_of_one_raises():
     with pytest.raises(ValueError, match='same for all 1 examples: give more than one'): lsuv_init(seeded(ours), XB[:1])
+    with pytest.raises(ValueError, match='same for all 1 examples'): lsuv_init(Linear(9, 1), XB[:1, 0, 0])     # one number: no std
 
 
 @pytest.mark.parametrize('bad', [math.inf, math.nan])
@@ -378,6 +403,7 @@ def test_other_dtypes(dtype):
     net = seeded(theirs).to(dtype)
     stats = lsuv_init(net, XB.to(dtype), tol=.02)
     assert all(abs(s.std - 1) <= .02 for s in stats) and all(p.dtype == dtype for p in net.parameters())
+    for s, (mean, std) in zip(stats, outputs(net, XB.to(dtype)).values()): assert abs(s.mean - mean) < 2e-5 and abs(s.std - std) < 2e-5
 
 
 def test_no_warning_in_an_ordinary_call():
