@@ -161,7 +161,7 @@ def _cells(size, n): # the first index of each of `n` parts of `range(size)`, an
     return [(i*size//n, -(-(i + 1)*size//n)) for i in range(n)]
 
 class AdaptiveAvgPool2d(Module):
-    "`(n,c,h,w)` to `(n,c,*output_size)`: means of parts of the image; twin of `nn.AdaptiveAvgPool2d`"
+    "`(n,c,h,w)` to `(n,c,*output_size)`: means of parts of it; twin of `nn.AdaptiveAvgPool2d`"
     def __init__(self,
         output_size:int|tuple, # one integer, or (rows, columns); 1: the mean of each channel
     ):
