@@ -157,7 +157,7 @@ class AvgPool2d(_Pool2d):
                                       self.stride, self.padding, left_over, groups=x.shape[1])
 
 # %% ../nbs/11_convolutions.ipynb #c8743b21
-def _cells(size, n): # the first index of each of `n` parts of `range(size)`, and the one after it
+def _cells(size, n): # of `n` parts the first index and the one after it; `-(-a//b)` rounds up
     return [(i*size//n, -(-(i + 1)*size//n)) for i in range(n)]
 
 class AdaptiveAvgPool2d(Module):
