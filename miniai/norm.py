@@ -69,7 +69,7 @@ class _BatchNorm(Module):
     def bwd(self, grad, out, x, weight, bias, mean, rstd, training):
         dims, n = (0, *range(2, x.ndim)), x.numel()//x.shape[1]
         xhat = (x - mean).mul_(rstd)
-        db, dw = (t.sum(dims, keepdim=True, dtype=xhat.dtype) for t in (grad, grad*xhat))
+        db, dw = (t.sum(dims, keepdim=True) for t in (grad, grad*xhat))
         scale = rstd if weight is None else rstd*weight.view(rstd.shape)
         if training: dx = xhat.mul_(dw/-n).sub_(db/n).add_(grad).mul_(scale)
         else: dx = grad*scale
