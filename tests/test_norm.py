@@ -5,18 +5,23 @@ import pickle
 
 import pytest
 import torch
+from common import gen, x, y
 from torch import nn
 from torch.testing import assert_close
 
+from miniai.checkpoints import CheckpointCB
 from miniai.gradcheck import check_grads
-from miniai.module import Sequential, check_twin
+from miniai.learner import Callback, Learner
+from miniai.losses import CrossEntropyLoss
+from miniai.module import Linear, ReLU, Sequential, check_twin
 from miniai.norm import BatchNorm1d, BatchNorm2d, Dropout, GroupNorm, LayerNorm
+from miniai.optim import AdamW
+from miniai.training import get_dls
 
 f64 = dict(dtype=torch.float64)
 CL = torch.channels_last
 
 
-def gen(seed): return torch.Generator().manual_seed(seed)
 def randn(*shape, seed=0, **kind): return torch.randn(shape, generator=gen(seed), **kind or f64)
 
 
@@ -378,3 +383,26 @@ def test_gradient_checkpointing():
     out = checkpoint(Dropout(.5), x, use_reentrant=False)
     out.sum().backward()
     assert_close(x.grad*x.detach(), out.detach())
+
+
+def learner(seed, *cbs):
+    torch.manual_seed(seed)
+    net = Sequential(Linear(9, 8), BatchNorm1d(8), ReLU(), Dropout(.3), LayerNorm(8), Linear(8, 3))
+    dls = get_dls((x, y), (x[:40], y[:40]), 16, gen(seed))
+    return Learner(net, dls, CrossEntropyLoss(label_smoothing=.05), AdamW, .01, cbs)
+
+
+class Stop(Callback):
+    def after_batch(self, learn):
+        if learn.training and (learn.epoch, learn.batch_idx) == (2, 5): raise RuntimeError('stop')
+
+
+def test_resume_bit_for_bit(tmp_path):
+    "A run that stops in the second epoch continues with the same buffers and the same masks"
+    unbroken = learner(1)
+    records = unbroken.fit(3, progress=False)
+    with pytest.raises(RuntimeError, match='stop'): learner(1, CheckpointCB(tmp_path, 4), Stop()).fit(3, progress=False)
+    again = learner(2, CheckpointCB(tmp_path, 4, resume=True))
+    got = again.fit(3, progress=False)
+    assert [{**r, 'seconds': 0} for r in got] == [{**r, 'seconds': 0} for r in records]
+    for k, t in unbroken.model.state_dict().items(): assert torch.equal(again.model.state_dict()[k], t), k
