@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['out_size', 'Conv2d', 'MaxPool2d', 'AvgPool2d', 'AdaptiveAvgPool2d']
 
-# %% ../nbs/11_convolutions.ipynb #e320930c
+# %% ../nbs/11_convolutions.ipynb #6bd0ca0d
 import math
 
 import torch
@@ -14,7 +14,40 @@ from torch import nn
 
 from .module import Module
 
-# %% ../nbs/11_convolutions.ipynb #3acfc06f
+# %% ../nbs/11_convolutions.ipynb #192cc08d
+def out_size(
+    size:tuple,        # `(h,w)` of the input
+    kernel_size:tuple, # `(kh,kw)`
+    stride:tuple,      # `(sh,sw)`, at least 1
+    padding:tuple,     # `(ph,pw)`, added on both sides
+)->tuple:              # `(oh,ow)`
+    "The output's height and width; `ValueError` if the kernel does not fit into the padded image"
+    out = tuple((n + 2*p - k)//s + 1 for n, k, s, p in zip(size, kernel_size, stride, padding))
+    if min(out) < 1:
+        raise ValueError(f'a kernel of {tuple(kernel_size)} does not fit into an image of '
+                         f'{tuple(size)} with padding {tuple(padding)}; choose a smaller one')
+    return out
+
+# %% ../nbs/11_convolutions.ipynb #5ce0a9f7
+def _weight_grad(
+    x,    # `(n,c,h,w)`, the input of a convolution
+    grad, # `(n,o,oh,ow)`, the gradient of its output
+    kernel_size, stride, padding, # pairs
+):        # `(o,c,kh,kw)`
+    "The gradient of a convolution's weight, in one of three ways"
+    (kh, kw), (sh, sw) = kernel_size, stride
+    if (kernel_size, padding) == ((1, 1), (0, 0)): # one matrix product
+        dw = torch.tensordot(grad, x[:, :, ::sh, ::sw], ([0, 2, 3], [0, 2, 3]))
+        return dw[:, :, None, None]
+    gT = grad.transpose(0, 1) # `(o,n,oh,ow)`
+    if x.shape[1] < 16 or x.shape[1] % 2: # few channels: each as an image
+        dw = torch.conv2d(x.transpose(0, 1), gT, None, 1, padding, dilation=stride)
+        return dw[:, :, :kh, :kw].transpose(0, 1)
+    halves = x.permute(0, 2, 3, 1).unflatten(3, (2, -1)).permute(3, 0, 1, 2, 4) # (2,n,h,w,c/2)
+    dw = torch.conv3d(halves, gT[..., None], None, 1, (*padding, 0), dilation=(*stride, 1))
+    return dw[:, :, :kh, :kw].permute(1, 0, 4, 2, 3).flatten(1, 2) # from `(2,o,kh,kw,c/2)`
+
+# %% ../nbs/11_convolutions.ipynb #d7dde80d
 def _pair(name, value):
     "`(rows, columns)` from one integer or two; `ValueError` for anything else, such as 'same'"
     pair = (value, value) if isinstance(value, int) else value
@@ -26,21 +59,7 @@ def _check_images(layer, x):
     raise ValueError(f'{type(layer).__name__}: the input has shape {tuple(x.shape)}, must be '
                      '(n,c,h,w); write x[None] for a single image')
 
-# %% ../nbs/11_convolutions.ipynb #10aa4dee
-def out_size(
-    size:tuple,        # `(h,w)` of the input
-    kernel_size:tuple, # `(kh,kw)`
-    stride:tuple,      # `(sh,sw)`, at least 1
-    padding:tuple,     # `(ph,pw)`, added on both sides
-)->tuple:              # `(oh,ow)`
-    "The output's height and width; `ValueError` if the kernel does not fit into the padded image"
-    out = tuple((n + 2*p - k)//s + 1 for n, k, s, p in zip(size, kernel_size, stride, padding))
-    if min(out) < 1:
-        raise ValueError(f'a kernel of {tuple(kernel_size)} does not fit into an image of '
-                         f'{tuple(size)} with padding {tuple(padding)}; make it smaller')
-    return out
-
-# %% ../nbs/11_convolutions.ipynb #a9346900
+# %% ../nbs/11_convolutions.ipynb #2a53386c
 class Conv2d(Module):
     "`(n,c,h,w)` to `(n,o,oh,ow)`: each window times a kernel, plus a bias; twin of `nn.Conv2d`"
     def __init__(self,
@@ -74,20 +93,18 @@ class Conv2d(Module):
         dx = dw = None
         if x.requires_grad:
             sizes = zip(x.shape[2:], self.padding, self.kernel_size, self.stride)
-            left_over = [(n + 2*p - k) % s for n, p, k, s in sizes] # pixels that no window reaches
+            left_over = [(n + 2*p - k) % s for n, p, k, s in sizes] # reached by no window
             dx = torch.conv_transpose2d(grad, weight, None, self.stride, self.padding, left_over)
         if weight.requires_grad:
-            xT, gT, (kh, kw) = x.transpose(0, 1), grad.transpose(0, 1), self.kernel_size
-            dw = torch.conv2d(xT, gT, None, stride=1, padding=self.padding, dilation=self.stride)
-            dw = dw[:, :, :kh, :kw].transpose(0, 1)
-        return dx, dw, None if bias is None else grad.sum((0, 2, 3))
+            dw = _weight_grad(x, grad, self.kernel_size, self.stride, self.padding)
+        return dx, dw, None if bias is None else grad.sum((2, 3)).sum(0)
 
     def extra_repr(self):
         pad = f', padding={self.padding}' if any(self.padding) else ''
         return (f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, '
                 f'stride={self.stride}{pad}{", bias=False"*(self.bias is None)}')
 
-# %% ../nbs/11_convolutions.ipynb #c77ca392
+# %% ../nbs/11_convolutions.ipynb #ae982f2c
 class _Pool2d(Module):
     "What both pooling layers have in common: the three sizes"
     def __init__(self,
@@ -116,37 +133,35 @@ class MaxPool2d(_Pool2d):
         return F.max_pool2d(x, self.kernel_size, self.stride, self.padding, return_indices=True)
 
     def bwd(self, grad, out, x, indices):
-        dx = torch.zeros_like(x.flatten(2))
-        return dx.scatter_add_(2, indices.flatten(2), grad.flatten(2)).view(x.shape)
+        dx, at, grad = torch.zeros_like(x.flatten(2)), indices.flatten(2), grad.flatten(2)
+        if x.stride(1) > 1: dx.scatter_add_(2, at, grad)
+        else: # the channels are neighbours in memory: go through them first
+            dx.transpose(1, 2).scatter_add_(1, at.transpose(1, 2), grad.transpose(1, 2))
+        return dx.view(x.shape)
 
-# %% ../nbs/11_convolutions.ipynb #ad08af9e
+# %% ../nbs/11_convolutions.ipynb #671b5165
 class AvgPool2d(_Pool2d):
-    "`(n,c,h,w)` to `(n,c,oh,ow)`: the mean of each window, padding zeros count; `nn.AvgPool2d`"
-    def _shifts(self, x, size): # for each place in a window, the pixels of all windows there
-        (kh, kw), (sh, sw), (oh, ow) = self.kernel_size, self.stride, size
-        for i in range(kh):
-            for j in range(kw): yield x[:, :, i:i + sh*(oh - 1) + 1:sh, j:j + sw*(ow - 1) + 1:sw]
+    "`(n,c,h,w)` to `(n,c,oh,ow)`: mean of each window, padded zeros count; twin of `nn.AvgPool2d`"
+    def _ones(self, x): # a kernel of ones for each channel
+        return x.new_ones(x.shape[1], 1, *self.kernel_size)
 
     def forward(self, x):
         _check_images(self, x)
-        ph, pw = self.padding
-        size = out_size(x.shape[2:], self.kernel_size, self.stride, self.padding)
-        if ph or pw: x = F.pad(x, (pw, pw, ph, ph))
-        return sum(self._shifts(x, size))/math.prod(self.kernel_size)
+        out = torch.conv2d(x, self._ones(x), None, self.stride, self.padding, groups=x.shape[1])
+        return out.div_(math.prod(self.kernel_size))
 
     def bwd(self, grad, out, x):
-        (ph, pw), (h, w) = self.padding, x.shape[2:]
-        dx = F.pad(torch.zeros_like(x), (pw, pw, ph, ph))
-        share = grad/math.prod(self.kernel_size)
-        for part in self._shifts(dx, out.shape[2:]): part += share
-        return dx[:, :, ph:ph + h, pw:pw + w]
+        sizes = zip(x.shape[2:], self.padding, self.kernel_size, self.stride)
+        left_over = [(n + 2*p - k) % s for n, p, k, s in sizes]
+        return torch.conv_transpose2d(grad/math.prod(self.kernel_size), self._ones(x), None,
+                                      self.stride, self.padding, left_over, groups=x.shape[1])
 
-# %% ../nbs/11_convolutions.ipynb #56a5ea94
-def _cells(size, n): # the first index of each of `n` parts of `range(size)`, and the one after it
+# %% ../nbs/11_convolutions.ipynb #c8743b21
+def _cells(size, n): # of `n` parts the first index and the one after it; `-(-a//b)` rounds up
     return [(i*size//n, -(-(i + 1)*size//n)) for i in range(n)]
 
 class AdaptiveAvgPool2d(Module):
-    "`(n,c,h,w)` to `(n,c,*output_size)`: means of equal parts, the twin of `nn.AdaptiveAvgPool2d`"
+    "`(n,c,h,w)` to `(n,c,*output_size)`: means of parts of it; twin of `nn.AdaptiveAvgPool2d`"
     def __init__(self,
         output_size:int|tuple, # one integer, or (rows, columns); 1: the mean of each channel
     ):
@@ -155,11 +170,15 @@ class AdaptiveAvgPool2d(Module):
 
     def forward(self, x):
         _check_images(self, x)
+        if self.output_size == (1, 1): return x.mean((2, 3), keepdim=True)
         rows, columns = map(_cells, x.shape[2:], self.output_size)
+        layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format # as `x`
         x = torch.cat([x[:, :, a:b].mean(2, keepdim=True) for a, b in rows], 2)
-        return torch.cat([x[:, :, :, a:b].mean(3, keepdim=True) for a, b in columns], 3)
+        x = torch.cat([x[:, :, :, a:b].mean(3, keepdim=True) for a, b in columns], 3)
+        return x.contiguous(memory_format=layout)
 
     def bwd(self, grad, out, x):
+        if self.output_size == (1, 1): return (grad/x[0, 0].numel()).expand(x.shape)
         rows, columns = map(_cells, x.shape[2:], self.output_size)
         dx, part = torch.zeros_like(x), grad.new_zeros(*grad.shape[:3], x.shape[3])
         for j, (a, b) in enumerate(columns): part[:, :, :, a:b] += grad[:, :, :, j:j + 1]/(b - a)

@@ -41,7 +41,8 @@ def init_weights(
 )->nn.Module:           # the model
     "Draw weights of variance `2/(1 + leaky**2)/fan` for all layers; their biases become 0"
     kinds = 'kaiming', 'kaiming_out', 'xavier'
-    if kind not in kinds: raise ValueError(f'init_weights: kind is {kind!r}, must be one of {kinds}')
+    if kind not in kinds:
+        raise ValueError(f'init_weights: kind is {kind!r}, must be one of {kinds}')
     if leaky is None: leaky = 1 if kind == 'xavier' else 0
     with torch.no_grad():
         for m in _weighted(model, 'init_weights').values():
@@ -62,7 +63,7 @@ def lsuv_init(
 )->list:             # one `LayerStats` per layer, in the order of the calls
     """Scale each layer so that its output, before the activation, has std 1 over the batch and, if
     it has a bias, mean 0. `ValueError` for a layer whose output is the same for all examples."""
-    layers, called = _weighted(model, 'lsuv_init'), []
+    layers, called, stats = _weighted(model, 'lsuv_init'), [], []
     modes = [(m, m.training) for m in model.modules()]
     devices = [xb.device] if xb.is_cuda else []
     try:
@@ -70,11 +71,13 @@ def lsuv_init(
             model.eval()
             with Hooks(layers, lambda m, inputs, out: called.append(m)): model(xb)
             names = {m: name for name, m in layers.items()}
-            stats = [_to_unit(model, xb, names[m], m, tol, max_iter) for m in dict.fromkeys(called)]
+            for m in dict.fromkeys(called):
+                stats.append(_to_unit(model, xb, names[m], m, tol, max_iter))
     finally:
         for m, mode in modes: m.training = mode
     missed = [name for name, m in layers.items() if m not in called]
-    if missed: warnings.warn(f'lsuv_init: the model did not call {missed}; they are unchanged')
+    if missed: warnings.warn(f'lsuv_init: the model did not call {missed}; they are unchanged',
+                             stacklevel=2)
     return stats
 
 # %% ../nbs/13_initialization.ipynb #06dac5cb
@@ -85,15 +88,16 @@ def _to_unit(model, xb, name, layer, tol, max_iter):
         with Hooks([layer], lambda m, inputs, out: out.float()) as hooks: model(xb)
         outs = hooks.values['0'] # several if the layer is called several times
         out = torch.cat([o.flatten() for o in outs])
-        mean, std = out.mean().item(), out.std().item()
-        if not math.isfinite(std):
-            raise ValueError(f'{where} has an output of std {std}; are xb and the weights finite?')
+        mean, std = out.mean().item(), out.std(correction=0).item()
         if all(o.std(0, correction=0).max() <= 1e-6*o.abs().max() for o in outs):
             raise ValueError(f'{where} outputs the same for all {len(xb)} examples: give more than '
                              'one example, or other weights to the layers before it')
+        if not math.isfinite(std):
+            raise ValueError(f'{where} has an output of std {std}; are xb and the weights finite?')
         if abs(std - 1) <= tol and (bias is None or abs(mean) <= tol): break
         if k == max_iter:
-            warnings.warn(f'{where} has mean {mean:.3g} and std {std:.3g} after {k} iterations')
+            warnings.warn(f'{where} has mean {mean:.3g} and std {std:.3g} after {k} iterations',
+                          stacklevel=3)
             break
         layer.weight.div_(std)
         if bias is not None: bias.sub_(mean).div_(std)

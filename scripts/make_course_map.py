@@ -18,18 +18,20 @@ AFTER = {'70': '00', '71': '04', '72': '08', '75': '02', '76': '04', '79': '04',
 PARTS = [   # name, what it leads to, color, chapters
     ('By hand', 'from the chain rule to a loop that trains a net', '#0072b2', ['00', '01', '02', '03', '04']),
     ('A trainer', 'extend, watch, save and speed up a training run', '#009e73', ['05', '06', '07', '08', '09', '10']),
-    ('Convnets', 'planned', '#777777', ['11', '12', '13', '14', '15', '16']),
+    ('Convnets', 'from one convolution to a ResNet', '#cc79a7', ['11', '12', '13', '14', '15', '16']),
+    ('Scale', 'one run, many processes', '#56b4e9', ['17']),
     ('Appendices', 'optional, each after the chapter named', '#d55e00',
      [number for number in AFTER if any((root / 'nbs').glob(f'{number}_*.ipynb'))]),
 ]
-PLANNED = {'11': 'Convolutions', '12': 'Activations', '13': 'Initialization', '14': 'Normalization', '15': 'ResNet', '16': 'Augmentation'}
+TITLES = {'11': 'Convolutions', '12': 'Activations', '13': 'Initialization', '14': 'Normalization', '15': 'ResNet', '16': 'Augmentation',
+          '17': 'Many processes'}   # of chapters that may be planned only: dashed
 WIDTH, HEIGHT, GAP, ROW, LEFT = 1.38, 1., .27, 1.66, .4   # of a box, between boxes, from part to part, to the first box, in inches
 IN_ROW, NEXT = 6, HEIGHT + .15   # boxes in a row, and from row to row of one part
 
 
 def chapters():
-    "Number -> `(title, module)`; the module is empty if the chapter has none"
-    found = {number: (title, '') for number, title in PLANNED.items()}
+    "Number -> `(title, module)`; the module is empty if the chapter has none, and None if it is planned"
+    found = {number: (title, None) for number, title in TITLES.items()}
     for path in (root / 'nbs').glob('[0-9][0-9]_*.ipynb'):
         sources = [''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
         module = next((m[1] for s in sources if (m := re.search(r'#\|\s*default_exp\s+(\w+)', s))), '')
@@ -51,7 +53,8 @@ def main():
         heading = ax.annotate(part, (LEFT, top - .14), color=color, fontsize=13, weight='bold')
         ax.annotate(f'   {purpose}', (1, 0), xycoords=heading, fontsize=11, color='#444444', va='bottom')
         for k, number in enumerate(numbers):
-            x, y, (title, module), planned = LEFT + k % IN_ROW * (WIDTH + GAP), top + k // IN_ROW * NEXT, found[number], number in PLANNED
+            x, y, (title, module) = LEFT + k % IN_ROW * (WIDTH + GAP), top + k // IN_ROW * NEXT, found[number]
+            planned = module is None
             ax.add_patch(FancyBboxPatch((x, y), WIDTH, HEIGHT, boxstyle='round,pad=0,rounding_size=.08', ls='--' if planned else '-',
                                         lw=1.3, edgecolor=color, facecolor='white' if planned else color + '1a'))
             middle_x, label = x + WIDTH / 2, dict(ha='center', va='center', color='#666666' if planned else 'black')

@@ -81,3 +81,8 @@ def test_a_contestant_of_ours_does_the_job(small_job, name):
 def test_our_layers_end_at_the_loss_of_the_plain_loop(small_job):
     lines = script(small_job, 'overhead.py', '--pairs', '2', '--skip-loaders', '--no-write').splitlines()
     assert sum(' / plain loop' in line for line in lines) == 6  # three comparisons, by two clocks
+
+
+def test_a_layer_is_measured_beside_torch(small_job):
+    table = script(small_job, 'layers.py', '--rounds', '2', '--no-write', '--only', 'AdaptiveAvgPool2d(2)')
+    assert table.count('| AdaptiveAvgPool2d(2) on') == 2  # in two layouts

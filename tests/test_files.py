@@ -260,3 +260,15 @@ def test_import_changes_nothing():
     done = subprocess.run([sys.executable, '-c', code], env=os.environ | {'PYTHONPATH': str(Path(__file__).resolve().parent.parent)},
                           capture_output=True, text=True)
     assert done.stdout == '[]\n', done.stderr
+
+
+def test_dead_workers_raise_no_error_once_a_signal_is_noted():
+    def handler(number, frame): pass
+    before = signal.signal(signal.SIGCHLD, handler)  # PyTorch's loader sets one: it raises when a worker dies
+    try:
+        with StopSignals():
+            assert signal.getsignal(signal.SIGCHLD) is handler
+            signal.raise_signal(signal.SIGINT)
+            assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGCHLD) is handler
+    finally: signal.signal(signal.SIGCHLD, before)

@@ -5,18 +5,23 @@ import pickle
 
 import pytest
 import torch
+from common import gen, x, y
 from torch import nn
 from torch.testing import assert_close
 
+from miniai.checkpoints import CheckpointCB
 from miniai.gradcheck import check_grads
-from miniai.module import Sequential, check_twin
+from miniai.learner import Callback, Learner
+from miniai.losses import CrossEntropyLoss
+from miniai.module import Linear, ReLU, Sequential, check_twin
 from miniai.norm import BatchNorm1d, BatchNorm2d, Dropout, GroupNorm, LayerNorm
+from miniai.optim import AdamW
+from miniai.training import get_dls
 
 f64 = dict(dtype=torch.float64)
 CL = torch.channels_last
 
 
-def gen(seed): return torch.Generator().manual_seed(seed)
 def randn(*shape, seed=0, **kind): return torch.randn(shape, generator=gen(seed), **kind or f64)
 
 
@@ -33,12 +38,16 @@ def twins(ours, theirs, *xs, **kwargs): check_twin(ours, random_state(theirs), *
 
 batches = {1: {'(2,1)': randn(2, 1), '(7,5)': randn(7, 5), '(1,2,3)': randn(1, 2, 3), '(3,4,5)': randn(3, 4, 5), '(2,3,1)': randn(2, 3, 1)},
            2: {'(2,1,1,1)': randn(2, 1, 1, 1), '(1,3,2,1)': randn(1, 3, 2, 1), '(3,5,4,7)': randn(3, 5, 4, 7),
-               'channels_last': randn(3, 5, 4, 7).to(memory_format=CL), 'transposed': randn(3, 5, 4, 7).transpose(2, 3), 'expanded': randn(3, 5, 1, 1).expand(3, 5, 2, 2)}}
+               'channels_last': randn(3, 5, 4, 7).to(memory_format=CL), 'transposed': randn(3, 5, 4, 7).transpose(2, 3),
+               'expanded': randn(3, 5, 1, 1).expand(3, 5, 2, 2)}}
 cases = [pytest.param(d, x, id=f'{d}d {name}') for d, xs in batches.items() for name, x in xs.items()]
 kinds = {1: (BatchNorm1d, nn.BatchNorm1d), 2: (BatchNorm2d, nn.BatchNorm2d)}
 
 
-@pytest.mark.parametrize('options', [{}, dict(eps=.1), dict(momentum=.3), dict(momentum=0.), dict(momentum=None), dict(affine=False)], ids=str)
+options = [{}, dict(eps=.1), dict(momentum=.3), dict(momentum=0.), dict(momentum=None), dict(affine=False)]
+
+
+@pytest.mark.parametrize('options', options, ids=str)
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 @pytest.mark.parametrize('d, x', cases)
 def test_batchnorm_equals_torch(d, x, training, options):
@@ -60,7 +69,7 @@ def test_constant_channels(value):
     "Variance 0: the output is the bias, and no gradient is infinite"
     x = randn(4, 3, 2, 2)
     x[:, 1] = value
-    if value < 1e4: twins(BatchNorm2d(3, **f64), nn.BatchNorm2d(3, **f64), x)  # there PyTorch's output has an error of 1e-11
+    if value < 1e4: twins(BatchNorm2d(3, **f64), nn.BatchNorm2d(3, **f64), x)  # at 1e4 PyTorch's has an error of 1e-11
     bn = random_state(BatchNorm2d(3, **f64))
     x.requires_grad_()
     out = bn(x)
@@ -71,7 +80,8 @@ def test_constant_channels(value):
         assert_close(m(torch.full(shape, value, **f64)), torch.zeros(shape, **f64))
 
 
-@pytest.mark.parametrize('kind, shape', [(BatchNorm1d, (1, 3)), (BatchNorm1d, (1, 3, 1)), (BatchNorm2d, (1, 3, 1, 1)), (BatchNorm1d, (0, 3)), (BatchNorm2d, (2, 3, 0, 4))])
+@pytest.mark.parametrize('kind, shape', [(BatchNorm1d, (1, 3)), (BatchNorm1d, (1, 3, 1)), (BatchNorm2d, (1, 3, 1, 1)),
+                                         (BatchNorm1d, (0, 3)), (BatchNorm2d, (2, 3, 0, 4))])
 def test_one_value_per_channel(kind, shape):
     bn, x = kind(3), torch.ones(shape)
     before = copy.deepcopy(bn.state_dict())
@@ -97,8 +107,8 @@ def test_wrong_shapes(layer, shapes, message):
 
 
 @pytest.mark.parametrize('make', [
-    lambda: BatchNorm2d(3, track_running_stats=False), lambda: BatchNorm1d(3, 1e-5, .1, True, True), lambda: Dropout(.5, True), lambda: Dropout(.5, inplace=True),
-    lambda: BatchNorm2d()])
+    lambda: BatchNorm2d(3, track_running_stats=False), lambda: BatchNorm1d(3, 1e-5, .1, True, True), lambda: BatchNorm2d(),
+    lambda: BatchNorm2d(3, bias=False), lambda: GroupNorm(1, 3, bias=False), lambda: Dropout(.5, True), lambda: Dropout(.5, inplace=True)])
 def test_options_that_we_lack_raise(make):
     with pytest.raises(TypeError): make()
 
@@ -111,8 +121,10 @@ def test_wrong_options():
 
 def test_buffers_travel_both_ways():
     x, kind = randn(6, 3, 2, 2), f64
-    for ours, theirs in ((BatchNorm2d(3, **kind), nn.BatchNorm2d(3, **kind)), (BatchNorm2d(3, affine=False, **kind), nn.BatchNorm2d(3, affine=False, **kind))):
-        assert [(k, v.shape, v.dtype) for k, v in ours.state_dict().items()] == [(k, v.shape, v.dtype) for k, v in theirs.state_dict().items()]
+    for affine in (True, False):
+        ours, theirs = (m(3, affine=affine, **kind) for m in kinds[2])
+        forms = [[(k, v.shape, v.dtype) for k, v in m.state_dict().items()] for m in (ours, theirs)]
+        assert forms[0] == forms[1]
         for a, b in ((ours, theirs), (theirs, ours)):
             for seed in range(3): a(randn(6, 3, 2, 2, seed=seed))
             b.load_state_dict(a.state_dict())
@@ -186,9 +198,11 @@ def test_the_running_statistics_are_outside_the_graph():
     assert_close(net.state_dict(), layer.state_dict())
 
 
-makers = {'bn1': lambda: BatchNorm1d(4, **f64), 'bn1 eval': lambda: BatchNorm1d(4, **f64).eval(), 'bn1 plain': lambda: BatchNorm1d(4, affine=False, **f64),
-          'ln': lambda: LayerNorm((4, 3), **f64), 'ln last': lambda: LayerNorm(3, **f64), 'ln no bias': lambda: LayerNorm(3, bias=False, **f64),
-          'ln plain': lambda: LayerNorm(3, elementwise_affine=False, **f64), 'gn': lambda: GroupNorm(2, 4, **f64), 'gn plain': lambda: GroupNorm(4, 4, affine=False, **f64)}
+makers = {'bn1': lambda: BatchNorm1d(4, **f64), 'bn1 eval': lambda: BatchNorm1d(4, **f64).eval(),
+          'bn1 plain': lambda: BatchNorm1d(4, affine=False, **f64),
+          'ln': lambda: LayerNorm((4, 3), **f64), 'ln last': lambda: LayerNorm(3, **f64),
+          'ln no bias': lambda: LayerNorm(3, bias=False, **f64), 'ln plain': lambda: LayerNorm(3, elementwise_affine=False, **f64),
+          'gn': lambda: GroupNorm(2, 4, **f64), 'gn plain': lambda: GroupNorm(4, 4, affine=False, **f64)}
 
 
 @pytest.mark.parametrize('make', makers.values(), ids=makers)
@@ -203,8 +217,9 @@ def test_central_differences(make):
     check_grads(func, [x, *(p.detach() for p in m.parameters())])
 
 
-@pytest.mark.parametrize('shape, x', [((5,), randn(3, 5)), (5, randn(5)), ((1,), randn(3, 1)), ([2, 3], randn(4, 2, 3)), ((2, 3), randn(2, 3)), ((4, 2, 3), randn(2, 5, 4, 2, 3)),
-                                      (torch.Size([5]), randn(1, 5)), ((3, 4), randn(2, 4, 3).transpose(1, 2)), (3, randn(0, 3))])
+@pytest.mark.parametrize('shape, x', [
+    ((5,), randn(3, 5)), (5, randn(5)), ((1,), randn(3, 1)), ([2, 3], randn(4, 2, 3)), ((2, 3), randn(2, 3)), (3, randn(0, 3)),
+    ((4, 2, 3), randn(2, 5, 4, 2, 3)), (torch.Size([5]), randn(1, 5)), ((3, 4), randn(2, 4, 3).transpose(1, 2))])
 @pytest.mark.parametrize('options', [{}, dict(eps=.1), dict(bias=False), dict(elementwise_affine=False)], ids=str)
 def test_layernorm_equals_torch(shape, x, options):
     ours, theirs = LayerNorm(shape, **options, **f64), nn.LayerNorm(shape, **options, **f64)
@@ -212,8 +227,9 @@ def test_layernorm_equals_torch(shape, x, options):
     twins(ours.eval(), theirs.eval(), 5*x - 3)
 
 
-@pytest.mark.parametrize('groups, x', [(1, randn(3, 4)), (2, randn(3, 4)), (1, randn(1, 1, 2)), (2, randn(1, 6, 5)), (3, randn(2, 6, 5, 4)), (6, randn(2, 6, 5, 4)), (1, randn(2, 6, 5, 4)),
-                                       (3, randn(2, 6, 5, 4).to(memory_format=CL)), (2, randn(2, 4, 3, 2, 2)), (2, randn(2, 3, 5, 4).transpose(1, 3))])
+@pytest.mark.parametrize('groups, x', [
+    (1, randn(3, 4)), (2, randn(3, 4)), (1, randn(1, 1, 2)), (2, randn(1, 6, 5)), (3, randn(2, 6, 5, 4)), (6, randn(2, 6, 5, 4)),
+    (1, randn(2, 6, 5, 4)), (3, randn(2, 6, 5, 4).to(memory_format=CL)), (2, randn(2, 4, 3, 2, 2)), (2, randn(2, 3, 5, 4).transpose(1, 3))])
 @pytest.mark.parametrize('options', [{}, dict(eps=.1), dict(affine=False)], ids=str)
 def test_groupnorm_equals_torch(groups, x, options):
     ours, theirs = (kind(groups, x.shape[1], **options, **f64) for kind in (GroupNorm, nn.GroupNorm))
@@ -221,15 +237,13 @@ def test_groupnorm_equals_torch(groups, x, options):
     twins(ours.eval(), theirs.eval(), 5*x - 3)
 
 
-@pytest.mark.parametrize('pair', [(BatchNorm2d(8), nn.BatchNorm2d(8)), (GroupNorm(4, 8), nn.GroupNorm(4, 8)), (LayerNorm((8, 6, 6)), nn.LayerNorm((8, 6, 6))),
-                                  (BatchNorm2d(8).eval(), nn.BatchNorm2d(8).eval()), (Dropout(.3), nn.Dropout(.3)), (Dropout(.3).eval(), nn.Dropout(.3).eval())], ids=str)
-def test_channels_last_is_kept(pair):
-    x = randn(4, 8, 6, 6, dtype=torch.float32).to(memory_format=CL)
-    for m in pair[:1]:
-        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
-        out = m(leaf)
-        out.backward(torch.ones_like(out))
-        assert out.is_contiguous(memory_format=CL) and leaf.grad.is_contiguous(memory_format=CL)
+@pytest.mark.parametrize('m', [BatchNorm2d(8), BatchNorm2d(8).eval(), GroupNorm(4, 8), LayerNorm((8, 6, 6)), Dropout(.3),
+                               Dropout(.3).eval()], ids=str)
+def test_channels_last_is_kept(m):
+    x = randn(4, 8, 6, 6, dtype=torch.float32).to(memory_format=CL).requires_grad_()
+    out = m(x)
+    out.backward(torch.ones_like(out))
+    assert out.is_contiguous(memory_format=CL) and x.grad.is_contiguous(memory_format=CL)
 
 
 @pytest.mark.parametrize('mean', [0., 1e3, 1e5])
@@ -241,13 +255,15 @@ def test_large_means_in_float32(mean):
     bn = BatchNorm2d(3, momentum=1.)
     bn(x.float())
     assert_close(bn.running_var.double(), x.float().double().var((0, 2, 3)), rtol=2e-4, atol=0)
-    for ours, theirs, shape in ((LayerNorm(48), nn.LayerNorm(48, **f64), (64, 48)), (GroupNorm(3, 6), nn.GroupNorm(3, 6, **f64), (64, 6, 8))):
-        v = x.view(shape)
+    for ours, theirs, v in ((LayerNorm(48), nn.LayerNorm(48, **f64), x.flatten(1)),
+                            (GroupNorm(3, 6), nn.GroupNorm(3, 6, **f64), x.view(64, 6, 8))):
         assert_close(ours(v.float()).double(), theirs(v.float().double()), rtol=0, atol=1e-6 + 4e-7*mean)
 
 
-pairs = {'bn': (BatchNorm2d(8), nn.BatchNorm2d(8)), 'bn eval': (BatchNorm2d(8).eval(), nn.BatchNorm2d(8).eval()), 'bn plain': (BatchNorm2d(8, affine=False), nn.BatchNorm2d(8, affine=False)),
-         'ln': (LayerNorm(6), nn.LayerNorm(6)), 'gn': (GroupNorm(2, 8), nn.GroupNorm(2, 8)), 'ln plain': (LayerNorm((6, 6), elementwise_affine=False), nn.LayerNorm((6, 6), elementwise_affine=False))}
+pairs = {'bn': (BatchNorm2d(8), nn.BatchNorm2d(8)), 'bn eval': (BatchNorm2d(8).eval(), nn.BatchNorm2d(8).eval()),
+         'bn plain': (BatchNorm2d(8, affine=False), nn.BatchNorm2d(8, affine=False)),
+         'ln': (LayerNorm(6), nn.LayerNorm(6)), 'gn': (GroupNorm(2, 8), nn.GroupNorm(2, 8)),
+         'ln plain': (LayerNorm((6, 6), elementwise_affine=False), nn.LayerNorm((6, 6), elementwise_affine=False))}
 
 
 @pytest.mark.parametrize('ours, theirs', pairs.values(), ids=pairs)
@@ -260,8 +276,8 @@ def test_autocast(ours, theirs):
         out.backward(randn(16, 8, 6, 6, seed=5).bfloat16().to(out))
         assert out.dtype == (torch.bfloat16 if on else torch.float32)
         assert all(t.dtype == torch.float32 for t in m.state_dict().values() if t.is_floating_point())
-        results.append([out.float(), leaf.grad.float(), *(p.grad for p in m.parameters()), *(t.float() for t in m.state_dict().values())])
-    for got, near, exact in zip(*results):
+        results.append([out, leaf.grad, *(p.grad for p in m.parameters()), *m.state_dict().values()])
+    for got, near, exact in ([t.float() for t in ts] for ts in zip(*results)):
         scale = exact.abs().max()
         assert (got - exact).abs().max() <= .004*scale and (got - near).abs().max() <= .05*scale
 
@@ -281,19 +297,19 @@ def test_integers_raise():
 @pytest.mark.parametrize('make', [lambda: BatchNorm1d(4, **f64), lambda: LayerNorm(4, **f64), lambda: GroupNorm(2, 4, **f64)])
 def test_double_use(make):
     "One layer called twice in one pass; nothing is kept on it in between"
-    theirs = {BatchNorm1d: lambda: nn.BatchNorm1d(4, **f64), LayerNorm: lambda: nn.LayerNorm(4, **f64), GroupNorm: lambda: nn.GroupNorm(2, 4, **f64)}
-    ours = make()
-    theirs, results = theirs[type(ours)](), []
-    attributes = {k for k in vars(ours)}
+    ours, results = make(), []
+    theirs = {BatchNorm1d: nn.BatchNorm1d(4, **f64), LayerNorm: nn.LayerNorm(4, **f64), GroupNorm: nn.GroupNorm(2, 4, **f64)}[type(ours)]
+    attributes = set(vars(ours))
     for m in ours, theirs:
         x = randn(5, 4).requires_grad_()
         m(m(x).sin()*3 + x).square().sum().backward()
         results.append([x.grad, m.weight.grad, m.bias.grad, *m.buffers()])
     assert_close(*results, rtol=1e-11, atol=1e-12)
-    assert {k for k in vars(ours)} == attributes
+    assert set(vars(ours)) == attributes
 
 
-@pytest.mark.parametrize('make', [lambda: BatchNorm1d(4), lambda: BatchNorm1d(4, affine=False), lambda: LayerNorm(4), lambda: GroupNorm(2, 4), lambda: Dropout(.5)])
+@pytest.mark.parametrize('make', [lambda: BatchNorm1d(4), lambda: BatchNorm1d(4, affine=False), lambda: LayerNorm(4),
+                                  lambda: GroupNorm(2, 4), lambda: Dropout(.5)])
 def test_copies(make):
     m, x = make(), randn(5, 4, dtype=torch.float32)
     m(x)
@@ -320,9 +336,10 @@ def test_frozen_parameters_and_inputs():
 
 
 def test_repr():
-    for m in BatchNorm2d(3), GroupNorm(2, 4), LayerNorm(3, bias=False), Dropout(.2):
-        assert repr(m) == {'B': 'BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True)', 'G': 'GroupNorm(2, 4, eps=1e-05, affine=True)',
-                           'L': 'LayerNorm((3,), eps=1e-05, elementwise_affine=True, bias=False)', 'D': 'Dropout(p=0.2)'}[repr(m)[0]]
+    assert repr(BatchNorm2d(3)) == 'BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True)'
+    assert repr(GroupNorm(2, 4)) == 'GroupNorm(2, 4, eps=1e-05, affine=True)'
+    assert repr(LayerNorm(3, bias=False)) == 'LayerNorm((3,), eps=1e-05, elementwise_affine=True, bias=False)'
+    assert repr(Dropout(.2)) == 'Dropout(p=0.2)'
 
 
 @pytest.mark.parametrize('p', [0., .1, .5, .9, 1.])
@@ -366,3 +383,26 @@ def test_gradient_checkpointing():
     out = checkpoint(Dropout(.5), x, use_reentrant=False)
     out.sum().backward()
     assert_close(x.grad*x.detach(), out.detach())
+
+
+def learner(seed, *cbs):
+    torch.manual_seed(seed)
+    net = Sequential(Linear(9, 8), BatchNorm1d(8), ReLU(), Dropout(.3), LayerNorm(8), Linear(8, 3))
+    dls = get_dls((x, y), (x[:40], y[:40]), 16, gen(seed))
+    return Learner(net, dls, CrossEntropyLoss(label_smoothing=.05), AdamW, .01, cbs)
+
+
+class Stop(Callback):
+    def after_batch(self, learn):
+        if learn.training and (learn.epoch, learn.batch_idx) == (2, 5): raise RuntimeError('stop')
+
+
+def test_resume_bit_for_bit(tmp_path):
+    "A run that stops in the second epoch continues with the same buffers and the same masks"
+    unbroken = learner(1)
+    records = unbroken.fit(3, progress=False)
+    with pytest.raises(RuntimeError, match='stop'): learner(1, CheckpointCB(tmp_path, 4), Stop()).fit(3, progress=False)
+    again = learner(2, CheckpointCB(tmp_path, 4, resume=True))
+    got = again.fit(3, progress=False)
+    assert [{**r, 'seconds': 0} for r in got] == [{**r, 'seconds': 0} for r in records]
+    for k, t in unbroken.model.state_dict().items(): assert torch.equal(again.model.state_dict()[k], t), k
