@@ -91,7 +91,7 @@ def _to_unit(model, xb, name, layer, tol, max_iter):
         mean, std = out.mean().item(), out.std(correction=0).item()
         if all(o.std(0, correction=0).max() <= 1e-6*o.abs().max() for o in outs):
             raise ValueError(f'{where} outputs the same for all {len(xb)} examples: give more than '
-                             'one example, or other weights to the layers before it')
+                             'one example, or other weights to it or to the layers before it')
         if not math.isfinite(std):
             raise ValueError(f'{where} has an output of std {std}; are xb and the weights finite?')
         if abs(std - 1) <= tol and (bias is None or abs(mean) <= tol): break
