@@ -247,7 +247,8 @@ def test_exports_need_runtime_requirements_only(nb):
 
 @pytest.mark.parametrize('module,limit', [('module', 220), ('data', 300), ('training', 300), ('losses', 120), ('metrics', 280),
                                           ('progress', 300), ('callbacks', 500), ('checkpoints', 340), ('optim', 480), ('learner', 430),
-                                          ('batches', 200), ('cli', 450), ('conv', 240), ('activations', 190), ('initialization', 130), ('norm', 220)])
+                                          ('batches', 200), ('cli', 450), ('conv', 240), ('activations', 190), ('initialization', 130),
+                                          ('norm', 220), ('resnet', 120)])
 def test_modules_are_short(module, limit):
     assert len((root / 'miniai' / f'{module}.py').read_text(encoding='utf-8').splitlines()) <= limit
 
