@@ -157,8 +157,18 @@ class AvgPool2d(_Pool2d):
                                       self.stride, self.padding, left_over, groups=x.shape[1])
 
 # %% ../nbs/11_convolutions.ipynb #c8743b21
-def _cells(size, n): # of `n` parts the first index and the one after it; `-(-a//b)` rounds up
-    return [(i*size//n, -(-(i + 1)*size//n)) for i in range(n)]
+def _cells(size, n): # of `n` parts the first index and the length; `-(-a//b)` rounds up
+    return [(i*size//n, -(-(i + 1)*size//n) - i*size//n) for i in range(n)]
+
+def _means(x, dim, n): # of `n` parts of a dimension
+    cells = _cells(x.shape[dim], n)
+    return torch.cat([x.narrow(dim, *cell).mean(dim, keepdim=True) for cell in cells], dim)
+
+def _spread(grad, dim, size): # the transpose of `_means`: each part gets its share
+    dx = grad.new_zeros(*grad.shape[:dim], size, *grad.shape[dim + 1:])
+    for i, (start, k) in enumerate(_cells(size, grad.shape[dim])):
+        dx.narrow(dim, start, k).add_(grad.narrow(dim, i, 1), alpha=1/k)
+    return dx
 
 class AdaptiveAvgPool2d(Module):
     "`(n,c,h,w)` to `(n,c,*output_size)`: means of parts of it; twin of `nn.AdaptiveAvgPool2d`"
@@ -171,18 +181,15 @@ class AdaptiveAvgPool2d(Module):
     def forward(self, x):
         _check_images(self, x)
         if self.output_size == (1, 1): return x.mean((2, 3), keepdim=True)
-        rows, columns = map(_cells, x.shape[2:], self.output_size)
-        layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format # as `x`
-        x = torch.cat([x[:, :, a:b].mean(2, keepdim=True) for a, b in rows], 2)
-        x = torch.cat([x[:, :, :, a:b].mean(3, keepdim=True) for a, b in columns], 3)
-        return x.contiguous(memory_format=layout)
+        oh, ow = self.output_size
+        if x.stride(1) > 1: return _means(_means(x, 2, oh), 3, ow)
+        x = x.permute(0, 2, 3, 1) # channels last: so is the output
+        return _means(_means(x, 1, oh), 2, ow).permute(0, 3, 1, 2)
 
     def bwd(self, grad, out, x):
         if self.output_size == (1, 1): return (grad/x[0, 0].numel()).expand(x.shape)
-        rows, columns = map(_cells, x.shape[2:], self.output_size)
-        dx, part = torch.zeros_like(x), grad.new_zeros(*grad.shape[:3], x.shape[3])
-        for j, (a, b) in enumerate(columns): part[:, :, :, a:b] += grad[:, :, :, j:j + 1]/(b - a)
-        for i, (a, b) in enumerate(rows): dx[:, :, a:b] += part[:, :, i:i + 1]/(b - a)
-        return dx
+        h, w = x.shape[2:]
+        if x.stride(1) > 1: return _spread(_spread(grad, 3, w), 2, h)
+        return _spread(_spread(grad.permute(0, 2, 3, 1), 2, w), 1, h).permute(0, 3, 1, 2)
 
     def extra_repr(self): return f'output_size={self.output_size}'
