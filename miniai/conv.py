@@ -29,6 +29,12 @@ def out_size(
     return out
 
 # %% ../nbs/11_convolutions.ipynb #5ce0a9f7
+def _input_grad(x, grad, weight, stride, padding, groups=1): # shapes as below
+    "The gradient of a convolution's input, of the shape of `x`"
+    sizes = zip(x.shape[2:], padding, weight.shape[2:], stride)
+    left_over = [(n + 2*p - k) % s for n, p, k, s in sizes] # pixels that no window reaches
+    return torch.conv_transpose2d(grad, weight, None, stride, padding, left_over, groups)
+
 def _weight_grad(
     x,    # `(n,c,h,w)`, the input of a convolution
     grad, # `(n,o,oh,ow)`, the gradient of its output
@@ -91,10 +97,7 @@ class Conv2d(Module):
 
     def bwd(self, grad, out, x, weight, bias):
         dx = dw = None
-        if x.requires_grad:
-            sizes = zip(x.shape[2:], self.padding, self.kernel_size, self.stride)
-            left_over = [(n + 2*p - k) % s for n, p, k, s in sizes] # reached by no window
-            dx = torch.conv_transpose2d(grad, weight, None, self.stride, self.padding, left_over)
+        if x.requires_grad: dx = _input_grad(x, grad, weight, self.stride, self.padding)
         if weight.requires_grad:
             dw = _weight_grad(x, grad, self.kernel_size, self.stride, self.padding)
         return dx, dw, None if bias is None else grad.sum((2, 3)).sum(0)
@@ -151,10 +154,8 @@ class AvgPool2d(_Pool2d):
         return out.div_(math.prod(self.kernel_size))
 
     def bwd(self, grad, out, x):
-        sizes = zip(x.shape[2:], self.padding, self.kernel_size, self.stride)
-        left_over = [(n + 2*p - k) % s for n, p, k, s in sizes]
-        return torch.conv_transpose2d(grad/math.prod(self.kernel_size), self._ones(x), None,
-                                      self.stride, self.padding, left_over, groups=x.shape[1])
+        share = grad/math.prod(self.kernel_size)
+        return _input_grad(x, share, self._ones(x), self.stride, self.padding, groups=x.shape[1])
 
 # %% ../nbs/11_convolutions.ipynb #c8743b21
 def _cells(size, n): # of `n` parts the first index and the length; `-(-a//b)` rounds up
