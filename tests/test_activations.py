@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from common import exact, gen
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
@@ -28,10 +29,9 @@ PAIRS = {'leaky': (LeakyReLU, nn.LeakyReLU), 'leaky 0': (lambda: LeakyReLU(0), l
          'leaky .3': (lambda: LeakyReLU(.3), lambda: nn.LeakyReLU(.3)), 'leaky 1': (lambda: LeakyReLU(1.), lambda: nn.LeakyReLU(1.)),
          'silu': (SiLU, nn.SiLU)}
 each = pytest.mark.parametrize('kind', PAIRS)
-gen = lambda: torch.Generator().manual_seed(0)
 
 
-def numbers(*shape): return torch.randn(shape, generator=gen(), **F64)*3
+def numbers(*shape): return torch.randn(shape, generator=gen(0), **F64)*3
 
 
 def both(kind, x, grad=None):
@@ -288,7 +288,6 @@ def learner(kit=TORCH, cbs=(), net=None, seed=0, lr=.1):
 
 
 def tables(cb): return {k: torch.cat([cb.means[k][:, None], cb.stds[k][:, None], cb.hists[k]], 1) for k in cb.means}
-def same(a, b): assert_close(a, b, rtol=0, atol=0)
 
 
 class Outputs(Callback):
@@ -347,7 +346,7 @@ def test_training_is_unchanged(kit):
         records = learns[-1].fit(3, progress=False)
         learns[-1].losses_of_epochs = [(r['train_loss'], r['valid_loss']) for r in records]
     a, b = learns
-    same(a.model.state_dict(), b.model.state_dict())
+    exact(a.model.state_dict(), b.model.state_dict())
     assert a.losses_of_epochs == b.losses_of_epochs
 
 
@@ -502,8 +501,8 @@ def test_two_at_once():
     cbs = [ActivationStatsCB(), ActivationStatsCB(bins=10)]
     learner(cbs=cbs).fit(2, progress=False)
     a, b = cbs
-    same(a.means, b.means)
-    same(a.stds, b.stds)
+    exact(a.means, b.means)
+    exact(a.stds, b.stds)
     assert a.dead == b.dead and a.hists['0'].shape == (18, 80) and b.hists['0'].shape == (18, 10)
 
 
@@ -516,12 +515,12 @@ def test_what_others_do_with_the_model_is_not_recorded():
     learner(cbs=[a]).fit(1, progress=False)
     learn = learner(cbs=[b])
     learn.fit(1, cbs=[Busy()], progress=False)
-    same(tables(a), tables(b))
+    exact(tables(a), tables(b))
     assert a.dead == b.dead
     learn.evaluate()
     learn.predict(learn.dls[1])
     learn.fit(1, train=False, progress=False)
-    same(tables(a), tables(b))
+    exact(tables(a), tables(b))
     assert a.dead == b.dead
 
 
@@ -570,9 +569,9 @@ def test_a_resumed_run_has_the_same_statistics(event, at):
     parts = torch.load(io.BytesIO(save.saved), weights_only=True)
     for o, state in zip((again.model, again.create_opt(), again, cb), parts, strict=True): o.load_state_dict(state)
     again.fit(3, progress=False)
-    same(tables(cb), tables(whole))
+    exact(tables(cb), tables(whole))
     assert cb.dead == whole.dead
-    same(again.model.state_dict(), learn.model.state_dict())
+    exact(again.model.state_dict(), learn.model.state_dict())
 
 
 def test_checkpoints_on_the_disk(tmp_path):
@@ -587,7 +586,7 @@ def test_checkpoints_on_the_disk(tmp_path):
     learn.cbs.append(ckpt)
     resume(learn, tmp_path/'b')
     learn.fit(3, progress=False)
-    same(tables(cb), tables(whole))
+    exact(tables(cb), tables(whole))
     assert cb.dead == whole.dead
 
 
@@ -617,7 +616,7 @@ def test_a_loaded_state_replaces_what_was_recorded():
 def test_copies_of_the_callback():
     cb = ActivationStatsCB(bins=7)
     learner(cbs=[cb]).fit(1, progress=False)
-    for twin in copy.deepcopy(cb), pickle.loads(pickle.dumps(cb)): same(tables(twin), tables(cb))
+    for twin in copy.deepcopy(cb), pickle.loads(pickle.dumps(cb)): exact(tables(twin), tables(cb))
 
 
 # ---- plots

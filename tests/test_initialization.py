@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from common import gen
 from torch import nn
 from torch.testing import assert_close
 
@@ -14,10 +15,6 @@ from miniai.activations import LeakyReLU
 from miniai.conv import Conv2d, MaxPool2d
 from miniai.initialization import LayerStats, fans, init_weights, lsuv_init
 from miniai.module import Flatten, Linear, Module, ReLU, Sequential
-
-
-def gen(seed=0): return torch.Generator().manual_seed(seed)
-
 
 LAYERS = {
     'Linear': (lambda: Linear(40, 30), 40, 30),
@@ -79,7 +76,7 @@ def test_weights_equal_those_of_torch(name, kind, leaky):
 
 
 def test_layers_without_the_attribute_bias():
-    assert init_weights(nn.Embedding(100, 50), generator=gen()).weight.std() < .3
+    assert init_weights(nn.Embedding(100, 50), generator=gen(0)).weight.std() < .3
     assert not hasattr(init_weights(Clipped()), 'bias')
 
 
@@ -415,7 +412,7 @@ def test_no_warning_in_an_ordinary_call():
 def test_a_layer_with_a_bwd_of_its_own_trains_afterwards():
     net = init_weights(seeded(ours))
     lsuv_init(net, XB)
-    F.cross_entropy(net(XB), torch.randint(5, (64,), generator=gen())).backward()
+    F.cross_entropy(net(XB), torch.randint(5, (64,), generator=gen(0))).backward()
     assert all(p.grad is not None and p.grad.any() for p in net.parameters())
 
 
